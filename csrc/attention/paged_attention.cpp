@@ -1,0 +1,107 @@
+#include "attention/paged_attention.h"
+
+#include <algorithm>
+
+#include "attention/paged_attention_cpu.h"
+#include "attention/plan.h"
+#include "core/check.h"
+#include "core/memory.h"
+
+namespace memkernels::attention {
+
+namespace {
+
+constexpr char kOp[] = "paged_attention";
+
+// Split length for a row: 256 * 2^n, the smallest that gives at most 32 splits of its own length.
+int64_t split_length(int64_t kv_len) {
+  int64_t length = 256;
+  while (length * 32 < kv_len) length *= 2;
+  return length;
+}
+
+// Everything but heads_per_task follows from the sequence alone, so that no other sequence, and no
+// number of workers, ever changes a bit of its result.
+std::vector<SequenceTasks> cut(const Problem& p, int64_t workers, ForwardJob& job,
+                               int64_t& num_partials) {
+  std::vector<SequenceTasks> tasks(p.num_sequences);
+  int64_t parts = 0;
+  for (int64_t b = 0; b < p.num_sequences; ++b) {
+    const Sequence& s = p.sequences[b];
+    SequenceTasks& t = tasks[b];
+    t.block_queries = std::max<int64_t>(1, kBlockRows / p.group);
+    t.num_blocks = (s.num_q + t.block_queries - 1) / t.block_queries;
+    t.split_len = split_length(s.kv_len);
+    t.num_splits = t.num_blocks == 1 ? std::max<int64_t>(1, (s.kv_len + t.split_len - 1) / t.split_len)
+                                     : 1;
+    parts += t.num_blocks * t.num_splits;
+  }
+  // Heads of one token lie side by side (NHD) or apart (HND). Side by side, a task takes several,
+  // to read whole pages; but never so many that workers are left without a task, and only heads
+  // that see the same keys.
+  const bool together = p.k.head_stride < p.k.token_stride && p.same_window;
+  for (int64_t b = 0; b < p.num_sequences; ++b) {
+    const Sequence& s = p.sequences[b];
+    SequenceTasks& t = tasks[b];
+    const int64_t rows = std::max<int64_t>(1, s.num_q * p.group);
+    int64_t heads = together && t.num_blocks == 1 ? std::max<int64_t>(1, kBlockRows / rows) : 1;
+    heads = std::min(heads, p.num_kv_heads);
+    while (heads > 1 && parts * ((p.num_kv_heads + heads - 1) / heads) < 4 * workers) {
+      heads = (heads + 1) / 2;
+    }
+    t.heads_per_task = heads;
+    t.head_groups = (p.num_kv_heads + heads - 1) / heads;
+    t.first_task = job.num_tasks;
+    job.num_tasks += t.num_blocks * t.num_splits * t.head_groups;
+    t.first_partial = num_partials;
+    if (t.num_splits > 1) num_partials += t.num_splits * s.num_q * p.num_heads;
+  }
+  job.tasks = tasks.data();
+  return tasks;
+}
+
+}  // namespace
+
+void paged_attention(const PagedAttentionArgs& args, const Context& ctx) {
+  Plan plan;
+  make_plan(kOp, args, plan);
+  const Problem& p = plan.problem;
+  if (plan.total_q == 0 || p.num_heads == 0) return;
+
+  double multiply_adds = 0;
+  for (const Sequence& s : plan.sequences) {
+    multiply_adds += static_cast<double>(s.num_q) * s.kv_len * p.num_heads * (p.dim + p.dim_v);
+  }
+  const int workers = workers_for(ctx, multiply_adds);
+
+  ForwardJob job{&p, nullptr, 0, nullptr};
+  int64_t num_partials = 0;
+  const std::vector<SequenceTasks> tasks = cut(p, workers, job, num_partials);
+
+  const Isa isa = p.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
+  const ForwardKernel kernel = MEMKERNELS_CPU(isa, forward_kernel)(p.dtype);
+  int64_t max_rows = 0, max_heads = 0;
+  for (int64_t b = 0; b < p.num_sequences; ++b) {
+    max_rows = std::max(max_rows, std::min(p.sequences[b].num_q, tasks[b].block_queries) * p.group);
+    max_heads = std::max(max_heads, tasks[b].heads_per_task);
+  }
+  const size_t accumulator = p.dtype == Dtype::f64 ? 8 : 4;
+  const size_t scratch_bytes = align_up(kernel.scratch_bytes(p, max_rows, max_heads));
+  const size_t partial_bytes = num_partials * partial_size(p.dim_v) * accumulator;
+  const Workspace workspace = allocate_workspace(workers * scratch_bytes + partial_bytes);
+  char* scratch = static_cast<char*>(workspace.get());
+  job.partials = scratch + workers * scratch_bytes;
+
+  run_tasks(ctx, workers, job.num_tasks, [&](int64_t task, int worker) {
+    kernel.run(job, task, scratch + worker * scratch_bytes);
+  });
+  if (num_partials == 0) return;
+  // Each merge reads its splits' states once: little work, but not for one core alone.
+  run_tasks(ctx, workers_for(ctx, static_cast<double>(num_partials) * p.dim_v), plan.total_q,
+            [&](int64_t token, int) {
+              const int64_t b = sequence_of(plan, token);
+              if (tasks[b].num_splits > 1) kernel.merge(job, b, token - p.sequences[b].q_begin);
+            });
+}
+
+}  // namespace memkernels::attention

@@ -1,0 +1,507 @@
+// o_i = sum_j softmax_j(logit_ij) v_j over the visible keys of a sequence, online: per row a running
+// maximum m, sum l and accumulator O, rescaled when the maximum grows.
+//
+// Cost per sequence: num_q * Hq * kv_len * (D + Dv) multiply-adds over kv_len * Hkv * (D + Dv)
+// elements of K and V, each read once for all heads of its group. Few rows (decode) are bound by
+// that read: dot products straight from the cache, the next block prefetched meanwhile. Many rows
+// (prefill) are bound by arithmetic: K and V are packed block by block into panels for matmul().
+#include "attention/paged_attention_cpu.h"
+
+#include "attention/block_cpu.h"
+
+namespace memkernels::attention {
+namespace {
+
+// Up to here dot products beat packing.
+constexpr int kFewRows = 12;
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// A worker's buffers for `rows` rows of `heads` KV heads.
+template <class T>
+struct Scratch {
+  using A = Acc<T>;
+  using Unit = typename Math<T>::Unit;
+  Unit* q;       // [heads][rows][units of dim]
+  A* out;        // [heads][rows][dim_v], in pair order
+  A* max;        // [heads][rows]
+  A* sum;        // [heads][rows]
+  A* scores;     // [rows][kBlockKeys]
+  Unit* weights; // [rows][units of kBlockKeys]
+  Unit* packed;  // a block of K or V
+  const T** q_rows;  // [rows]
+  T* zeros;      // a row
+  size_t bytes;
+
+  Scratch(const Problem& p, int64_t rows, int64_t heads, void* base) {
+    const Layout<T> pad(p);
+    const int64_t widest = pad.dim > pad.dim_v ? pad.dim : pad.dim_v;
+    Arena arena{static_cast<char*>(base)};
+    q = arena.take<Unit>(heads * rows * pad.dim);
+    out = arena.take<A>(heads * rows * pad.dim_v);
+    max = arena.take<A>(heads * rows);
+    sum = arena.take<A>(heads * rows);
+    scores = arena.take<A>(rows * kBlockKeys);
+    weights = arena.take<Unit>(rows * kBlockKeys);
+    packed = arena.take<Unit>(kBlockKeys * widest);
+    q_rows = arena.take<const T*>(rows);
+    zeros = arena.take<T>(widest);
+    bytes = arena.used;
+  }
+};
+
+template <class T>
+MK_INLINE const T* or_zeros(const T* row, const T* zeros) {
+  return row == nullptr ? zeros : row;
+}
+
+// c += q . k over one chunk of kPair elements.
+template <class T>
+struct Chunk {
+  Vec<Acc<T>> a, b;
+  MK_INLINE void read(const T* row, int64_t d, int64_t dim, bool whole) {
+    if (whole) {
+      load_pair(row + d, a, b);
+    } else {
+      load_pair_tail(row + d, dim - d, a, b);
+    }
+  }
+  static MK_INLINE const Acc<T>* q_at(const typename Math<T>::Unit* q, int64_t d) { return q + d; }
+  MK_INLINE Vec<Acc<T>> dot(const Acc<T>* q, Vec<Acc<T>> c) const {
+    c += load(q) * a;
+    return c + load(q + kLanes<Acc<T>>)*b;
+  }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Chunk<bf16> {
+  VecU32 words;
+  MK_INLINE void read(const bf16* row, int64_t d, int64_t dim, bool) {
+    words = load_words(row, d, dim);
+  }
+  static MK_INLINE const float* q_at(const float* q, int64_t d) { return q + d / 2; }
+  MK_INLINE Vec<float> dot(const float* q, Vec<float> c) const {
+    return Bf16Pair::dot(load(q), bit_cast<Vec<float>>(words), c);
+  }
+};
+#endif
+
+// scores[r][j] = q[r] . k[j] for R rows and `count` keys rounded up to a full tile.
+template <class T, int R>
+MK_INLINE void score_rows(const typename Math<T>::Unit* q, int64_t q_stride, const T* const* k,
+                          int64_t count, int64_t dim, const T* zeros, Acc<T>* scores) {
+  using A = Acc<T>;
+  constexpr int W = kLanes<A>;
+  constexpr int K = W / (R == 3 ? 4 : R);  // keys a tile: one vector of sums
+  for (int64_t j = 0; j < count; j += K) {
+    Vec<A> acc[W] = {};
+    const T* rows[K];
+#pragma GCC unroll 16
+    for (int i = 0; i < K; ++i) rows[i] = or_zeros(k[j + i], zeros);
+    const auto step = [&](int64_t d, bool whole) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+      for (int i = 0; i < K; ++i) {
+        Chunk<T> chunk;
+        chunk.read(rows[i], d, dim, whole);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          acc[r * K + i] = chunk.dot(Chunk<T>::q_at(q + r * q_stride, d), acc[r * K + i]);
+        }
+      }
+    };
+    int64_t d = 0;
+    for (; d + kPair<T> <= dim; d += kPair<T>) step(d, true);
+    if (d < dim) step(d, false);
+    A sums[W];
+    store(sums, sum_each<A>(acc));
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) memcpy(scores + r * kBlockKeys + j, sums + r * K, K * sizeof(A));
+  }
+}
+
+// out[r] += sum_j weights[r][j] v[j] for R rows, C chunks of the head dimension at a time so that
+// there are enough independent sums.
+template <class T, int R>
+MK_INLINE void add_values(const Acc<T>* weights, const T* const* v, int64_t count, int64_t dim,
+                          const T* zeros, Acc<T>* out, int64_t out_stride) {
+  using A = Acc<T>;
+  constexpr int W = kLanes<A>;
+  constexpr int C = R == 1 ? 4 : R == 2 ? 2 : 1;
+  constexpr int kRun = 8;  // keys whose rows stay in L1 for the passes over the head dimension
+  for (int64_t j0 = 0; j0 < count; j0 += kRun) {
+    const T* rows[kRun];
+    const int run = static_cast<int>(count - j0 < kRun ? count - j0 : kRun);
+    for (int i = 0; i < run; ++i) rows[i] = or_zeros(v[j0 + i], zeros);
+    const auto chunks = [&](int64_t d, auto num_chunks, bool whole)
+                            __attribute__((always_inline)) {
+      constexpr int N = decltype(num_chunks)::value;
+      Vec<A> acc[R][N][2];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+        for (int c = 0; c < N; ++c) {
+          acc[r][c][0] = load(out + r * out_stride + d + c * 2 * W);
+          acc[r][c][1] = load(out + r * out_stride + d + c * 2 * W + W);
+        }
+      }
+      for (int i = 0; i < run; ++i) {
+#pragma GCC unroll 8
+        for (int c = 0; c < N; ++c) {
+          Vec<A> a, b;
+          if (whole) {
+            load_pair(rows[i] + d + c * 2 * W, a, b);
+          } else {
+            load_pair_tail(rows[i] + d, dim - d, a, b);
+          }
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) {
+            const Vec<A> weight = splat(weights[r * kBlockKeys + j0 + i]);
+            acc[r][c][0] += weight * a;
+            acc[r][c][1] += weight * b;
+          }
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+        for (int c = 0; c < N; ++c) {
+          store(out + r * out_stride + d + c * 2 * W, acc[r][c][0]);
+          store(out + r * out_stride + d + c * 2 * W + W, acc[r][c][1]);
+        }
+      }
+    };
+    int64_t d = 0;
+    for (; d + C * kPair<T> <= dim; d += C * kPair<T>) chunks(d, Int<C>{}, true);
+    for (; d + kPair<T> <= dim; d += kPair<T>) chunks(d, Int<1>{}, true);
+    if (d < dim) chunks(d, Int<1>{}, false);
+  }
+}
+
+template <class T>
+MK_INLINE void prefetch_rows(const T* const* rows, int64_t offset, int64_t count, int64_t dim) {
+  for (int64_t j = 0; j < count; ++j) {
+    if (rows[j] == nullptr) continue;
+    const char* row = reinterpret_cast<const char*>(rows[j] + offset);
+    for (int64_t at = 0; at < dim * static_cast<int64_t>(sizeof(T)); at += 64) {
+      __builtin_prefetch(row + at, 0, 2);
+    }
+  }
+}
+
+// Logits of one row to weights e^(logit - max), in place; updates the running maximum and sum and
+// returns what the accumulator is to be multiplied by.
+template <class A>
+MK_INLINE A update_softmax(A* logits, A& running_max, A& running_sum) {
+  constexpr int W = kLanes<A>;
+  Vec<A> top = load(logits);
+  for (int j = W; j < kBlockKeys; j += W) top = vmax(top, load(logits + j));
+  const A block_max = max<A>(top);
+  const A new_max = block_max > running_max ? block_max : running_max;
+  const A base = new_max == -kInfinity<A> ? A(0) : new_max;
+  Vec<A> total{};
+  for (int j = 0; j < kBlockKeys; j += W) {
+    const Vec<A> weight = exp(load(logits + j) - base);
+    total += weight;
+    store(logits + j, weight);
+  }
+  const A rescale = new_max == running_max ? A(1) : exp(running_max - base);
+  running_sum = running_sum * rescale + sum<A>(total);
+  running_max = new_max;
+  return rescale;
+}
+
+template <class A>
+MK_INLINE void scale_row(A* row, int64_t n, A factor) {
+  for (int64_t d = 0; d < n; d += kLanes<A>) store(row + d, load(row + d) * factor);
+}
+
+// Writes out and lse of one row from its state, after the sink.
+template <class T>
+void finish_row(const Problem& p, int64_t token, int64_t head, Acc<T> max, Acc<T> sum,
+                const Acc<T>* values) {
+  using A = Acc<T>;
+  T* out = reinterpret_cast<T*>(p.out.data) + token * p.out.token_stride + head * p.out.head_stride;
+  A* lse = reinterpret_cast<A*>(p.lse.data) + token * p.lse.token_stride + head * p.lse.head_stride;
+  A rescale = 1;
+  if (p.sink_logit != nullptr) {
+    const A sink = static_cast<A>(p.sink_logit[head]);
+    const A top = sink > max ? sink : max;
+    if (top > -kInfinity<A>) {
+      rescale = exp(max - top);
+      sum = sum * rescale + exp(sink - top);
+      max = top;
+    }
+  }
+  if (sum == 0) {
+    memset(static_cast<void*>(out), 0, p.dim_v * sizeof(T));
+    *lse = -kInfinity<A>;
+    return;
+  }
+  *lse = max + log(sum);
+  if (rescale == 0) {  // no visible key: whatever lies in `values` is not ours
+    memset(static_cast<void*>(out), 0, p.dim_v * sizeof(T));
+    return;
+  }
+  pack_row<T>(values, p.dim_v, rescale / sum, out);
+}
+
+// The state of query rows [i0, i1) of a sequence and KV heads [h0, h1) (of one window) after keys
+// [clip_begin, clip_end), in scratch.
+template <class T>
+struct Attend {
+  using A = Acc<T>;
+  using M = Math<T>;
+  const Problem& p;
+  const Layout<T> pad;
+  const int64_t b, i0, i1, h0, h1;
+  const Sequence& seq;
+  const int64_t rows;         // queries times group
+  const int64_t padded_rows;  // to kTileRows
+  const Scratch<T> s;
+  int64_t q_stride = 0;
+
+  Attend(const Problem& p, int64_t b, int64_t i0, int64_t i1, int64_t h0, int64_t h1, void* scratch)
+      : p(p), pad(p), b(b), i0(i0), i1(i1), h0(h0), h1(h1), seq(p.sequences[b]),
+        rows((i1 - i0) * p.group), padded_rows(round_up(rows, kTileRows)),
+        s(p, padded_rows, h1 - h0, scratch) {}
+
+  int64_t position(int64_t i) const { return seq.kv_len - seq.num_q + i; }
+
+  void prepare() {
+    const int64_t heads = h1 - h0;
+    const T* q = reinterpret_cast<const T*>(p.q.data) + (seq.q_begin + i0) * p.q.token_stride;
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t r = 0; r < padded_rows; ++r) {
+        s.q_rows[r] = r < rows ? q + r / p.group * p.q.token_stride +
+                                     ((h0 + h) * p.group + r % p.group) * p.q.head_stride
+                               : nullptr;
+      }
+      q_stride = pack_a<T>(s.q_rows, padded_rows, p.dim, s.q + h * padded_rows * pad.dim);
+    }
+    memset(s.out, 0, heads * padded_rows * pad.dim_v * sizeof(A));
+    memset(s.sum, 0, heads * padded_rows * sizeof(A));
+    for (int64_t i = 0; i < heads * padded_rows; ++i) s.max[i] = -kInfinity<A>;
+    memset(static_cast<void*>(s.zeros), 0, (pad.dim > pad.dim_v ? pad.dim : pad.dim_v) * sizeof(T));
+  }
+
+  void run(int64_t clip_begin, int64_t clip_end) {
+    prepare();
+    KeyBlock<T> blocks[2];
+    KeyBlock<T>* current = nullptr;
+    int next = 0;
+    // One block behind, so that its successor's rows are known in time to prefetch them.
+    const KeyRange seen = visible_keys(p, h0, seq.kv_len, position(i0), position(i1 - 1));
+    for_each_block(seen, clip_begin, clip_end, [&](int64_t first, int64_t count) {
+      KeyBlock<T>& block = blocks[next];
+      next = 1 - next;
+      block.locate(p, b, first, count);
+      if (current != nullptr) attend_block(*current, &block);
+      current = &block;
+    });
+    if (current != nullptr) attend_block(*current, nullptr);
+  }
+
+  void attend_block(const KeyBlock<T>& block, const KeyBlock<T>* following) {
+    HeadBlock<T> keys;
+    for (int64_t h = h0; h < h1; ++h) {
+      keys.select(p, block, h);
+      if (rows <= kFewRows) {
+        const KeyBlock<T>* ahead = h + 1 < h1 ? &block : following;
+        attend_few(block, keys, h, ahead, h + 1 < h1 ? h + 1 : h0);
+      } else {
+        attend_many(block, keys, h);
+      }
+    }
+  }
+
+  void row_logits(const KeyBlock<T>& block, const HeadBlock<T>& keys, int64_t head, bool masked,
+                  int64_t r, A* logits) const {
+    KeyRange seen;
+    if (masked) {
+      const int64_t at = position(i0 + r / p.group);
+      seen = visible_keys(p, head, seq.kv_len, at, at);
+    }
+    to_logits(logits, p, keys.has_addend ? keys.addend : nullptr, block.begin,
+              masked ? &seen : nullptr);
+  }
+
+  bool needs_mask(const KeyBlock<T>& block, int64_t head) const {
+    return !all_visible(p, head, seq.kv_len, position(i0), position(i1 - 1), block.begin,
+                        block.count);
+  }
+
+  template <int R>
+  void few_rows(const KeyBlock<T>& block, const HeadBlock<T>& keys, int64_t head, int64_t r0) {
+    const int64_t h = head - h0;
+    const bool masked = needs_mask(block, head);
+    A* out = s.out + (h * padded_rows + r0) * pad.dim_v;
+    score_rows<T, R>(s.q + h * padded_rows * pad.dim + r0 * q_stride, q_stride, keys.k,
+                     block.count, p.dim, s.zeros, s.scores);
+    for (int r = 0; r < R; ++r) {
+      const int64_t row = h * padded_rows + r0 + r;
+      A* logits = s.scores + r * kBlockKeys;
+      for (int64_t j = block.count; j < kBlockKeys; ++j) logits[j] = 0;
+      row_logits(block, keys, head, masked, r0 + r, logits);
+      const A rescale = update_softmax(logits, s.max[row], s.sum[row]);
+      if (rescale != 1) scale_row(out + r * pad.dim_v, pad.dim_v, rescale);
+    }
+    add_values<T, R>(s.scores, keys.v, block.count, p.dim_v, s.zeros, out, pad.dim_v);
+  }
+
+  void attend_few(const KeyBlock<T>& block, const HeadBlock<T>& keys, int64_t head,
+                  const KeyBlock<T>* ahead, int64_t ahead_head) {
+    if (ahead != nullptr) {
+      prefetch_rows(ahead->k, ahead_head * p.k.head_stride, ahead->count, p.dim);
+      prefetch_rows(ahead->v, ahead_head * p.v.head_stride, ahead->count, p.dim_v);
+    }
+    constexpr int kMost = kLanes<A> < 4 ? kLanes<A> : 4;
+    for (int64_t r = 0; r < rows;) {
+      const int64_t left = rows - r;
+      if (left >= kMost) {
+        few_rows<kMost>(block, keys, head, r);
+        r += kMost;
+      } else if (left == 3) {
+        few_rows<kMost < 3 ? 1 : 3>(block, keys, head, r);
+        r += 3;
+      } else if (left == 2) {
+        few_rows<2>(block, keys, head, r);
+        r += 2;
+      } else {
+        few_rows<1>(block, keys, head, r);
+        r += 1;
+      }
+    }
+  }
+
+  void attend_many(const KeyBlock<T>& block, const HeadBlock<T>& keys, int64_t head) {
+    const int64_t h = head - h0;
+    const bool masked = needs_mask(block, head);
+    A* out = s.out + h * padded_rows * pad.dim_v;
+    pack_b_transposed<T>(keys.k, kBlockKeys, p.dim, s.packed);
+    matmul<M>(padded_rows, kBlockKeys, pad.dim / M::kElements, s.q + h * padded_rows * pad.dim,
+              q_stride, 1, s.packed, s.scores, kBlockKeys, false);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = h * padded_rows + r;
+      A* logits = s.scores + r * kBlockKeys;
+      row_logits(block, keys, head, masked, r, logits);
+      const A rescale = update_softmax(logits, s.max[row], s.sum[row]);
+      if (rescale != 1) scale_row(out + r * pad.dim_v, pad.dim_v, rescale);
+    }
+    pack_b<T>(keys.v, kBlockKeys, p.dim_v, s.packed);
+    const auto* weights = as_a<M>(s.scores, padded_rows, kBlockKeys, s.weights);
+    matmul<M>(padded_rows, pad.dim_v, units<M>(kBlockKeys), weights, units<M>(kBlockKeys), 1,
+              s.packed, out, pad.dim_v, true);
+  }
+
+  // Calls visit(query, head, state row) for every row of the task.
+  template <class Visit>
+  void for_each_row(const Visit& visit) const {
+    for (int64_t h = h0; h < h1; ++h) {
+      for (int64_t r = 0; r < rows; ++r) {
+        visit(i0 + r / p.group, h * p.group + r % p.group, (h - h0) * padded_rows + r);
+      }
+    }
+  }
+};
+
+template <class T>
+struct Forward {
+  using A = Acc<T>;
+
+  static size_t scratch_bytes(const Problem& p, int64_t max_rows, int64_t max_heads) {
+    return Scratch<T>(p, round_up(max_rows, kTileRows), max_heads, nullptr).bytes;
+  }
+
+  static void run(const ForwardJob& job, int64_t task, void* scratch) {
+    const Problem& p = *job.problem;
+    int64_t b = 0, past = p.num_sequences;  // the last sequence whose first task is <= task
+    while (past - b > 1) {
+      const int64_t middle = (b + past) / 2;
+      (job.tasks[middle].first_task <= task ? b : past) = middle;
+    }
+    const SequenceTasks& t = job.tasks[b];
+    const Sequence& seq = p.sequences[b];
+    const int64_t local = task - t.first_task;
+    const int64_t h0 = local % t.head_groups * t.heads_per_task;
+    const int64_t h1 = h0 + t.heads_per_task < p.num_kv_heads ? h0 + t.heads_per_task
+                                                              : p.num_kv_heads;
+    const int64_t part = local / t.head_groups;
+    if (t.num_blocks > 1 || t.num_splits == 1) {
+      const int64_t block = t.num_blocks - 1 - part;  // under a causal mask the last is longest
+      const int64_t i0 = block * t.block_queries;
+      const int64_t i1 = i0 + t.block_queries < seq.num_q ? i0 + t.block_queries : seq.num_q;
+      Attend<T> attend(p, b, i0, i1, h0, h1, scratch);
+      attend.run(0, seq.kv_len);
+      attend.for_each_row([&](int64_t i, int64_t head, int64_t row) {
+        finish_row<T>(p, seq.q_begin + i, head, attend.s.max[row], attend.s.sum[row],
+                      attend.s.out + row * attend.pad.dim_v);
+      });
+      return;
+    }
+    Attend<T> attend(p, b, 0, seq.num_q, h0, h1, scratch);
+    attend.run(part * t.split_len, (part + 1) * t.split_len);
+    attend.for_each_row([&](int64_t i, int64_t head, int64_t row) {
+      A* partial = partial_at(job, t, part, i, seq.num_q, head);
+      partial[0] = attend.s.max[row];
+      partial[1] = attend.s.sum[row];
+      memcpy(partial + 2, attend.s.out + row * attend.pad.dim_v, attend.pad.dim_v * sizeof(A));
+    });
+  }
+
+  // Merges the splits of one query in their order, for all heads.
+  static void merge(const ForwardJob& job, int64_t b, int64_t i) {
+    const Problem& p = *job.problem;
+    const SequenceTasks& t = job.tasks[b];
+    const Sequence& seq = p.sequences[b];
+    for (int64_t head = 0; head < p.num_heads; ++head) {
+      A* into = partial_at(job, t, 0, i, seq.num_q, head);
+      for (int64_t split = 1; split < t.num_splits; ++split) {
+        const A* from = partial_at(job, t, split, i, seq.num_q, head);
+        if (from[0] == -kInfinity<A> && from[1] == 0) continue;
+        const A top = from[0] > into[0] ? from[0] : into[0];
+        const A base = top == -kInfinity<A> ? A(0) : top;
+        const A keep = exp(into[0] - base), add = exp(from[0] - base);
+        into[0] = top;
+        into[1] = into[1] * keep + from[1] * add;
+        for (int64_t d = 2; d < 2 + Layout<T>(p).dim_v; d += kLanes<A>) {
+          store(into + d, load(into + d) * keep + load(from + d) * add);
+        }
+      }
+      finish_row<T>(p, seq.q_begin + i, head, into[0], into[1], into + 2);
+    }
+  }
+
+  static A* partial_at(const ForwardJob& job, const SequenceTasks& t, int64_t split, int64_t i,
+                       int64_t num_q, int64_t head) {
+    const Problem& p = *job.problem;
+    const int64_t index = t.first_partial + (split * num_q + i) * p.num_heads + head;
+    return static_cast<A*>(job.partials) + index * partial_size(p.dim_v);
+  }
+};
+
+template <class T>
+constexpr ForwardKernel kernel_for() {
+  return {Forward<T>::scratch_bytes, Forward<T>::run, Forward<T>::merge};
+}
+
+}  // namespace
+
+namespace cpu::MEMKERNELS_ISA {
+
+ForwardKernel forward_kernel(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::bf16: return kernel_for<bf16>();
+    case Dtype::f16: return kernel_for<f16>();
+#if defined(MEMKERNELS_BASELINE)
+    case Dtype::f64: return kernel_for<double>();
+#endif
+    default: return kernel_for<float>();
+  }
+}
+
+}  // namespace cpu::MEMKERNELS_ISA
+}  // namespace memkernels::attention

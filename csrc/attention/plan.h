@@ -1,0 +1,34 @@
+// From the arguments of paged attention to the Problem its kernels read.
+#pragma once
+
+#include <vector>
+
+#include "attention/paged_attention.h"
+#include "attention/problem.h"
+
+namespace memkernels::attention {
+
+// A Problem and the memory it points to.
+struct Plan {
+  Problem problem{};
+  std::vector<Sequence> sequences;
+  std::vector<int64_t> window;
+  std::vector<double> sink_logit;
+  int64_t total_q = 0;
+};
+
+// Refuses everything the contract refuses; reads only metadata, lengths and the page table.
+// `plan` must stay where it is.
+void make_plan(const char* op, const PagedAttentionArgs& args, Plan& plan);
+
+// The sequence a row of q belongs to.
+int64_t sequence_of(const Plan& plan, int64_t token);
+
+// Workers worth waking for that many multiply-adds.
+int workers_for(const Context& ctx, double multiply_adds);
+
+// `leading` dimensions before the head dimension, if there is one: [outer, token, head] or
+// [token, head].
+Rows rows_of(const TensorView& t, int leading);
+
+}  // namespace memkernels::attention

@@ -1,0 +1,105 @@
+#include "bindings/torch/convert.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstring>
+
+#include "core/check.h"
+#include "core/memory.h"
+
+namespace memkernels::binding {
+
+namespace {
+
+Dtype dtype_of(const char* op, const char* arg, const Tensor& t) {
+  int32_t code = 0;
+  aoti_torch_get_dtype(t.get(), &code);
+  static const struct {
+    int32_t code;
+    Dtype dtype;
+  } kDtypes[] = {
+      {aoti_torch_dtype_float32(), Dtype::f32}, {aoti_torch_dtype_bfloat16(), Dtype::bf16},
+      {aoti_torch_dtype_float16(), Dtype::f16}, {aoti_torch_dtype_float64(), Dtype::f64},
+      {aoti_torch_dtype_int32(), Dtype::i32},   {aoti_torch_dtype_int64(), Dtype::i64},
+  };
+  for (const auto& known : kDtypes) {
+    if (known.code == code) return known.dtype;
+  }
+  fail(op, arg,
+       " has an unsupported dtype; supported: float32, bfloat16, float16, float64 on the CPU, and "
+       "int32 or int64 for indices");
+}
+
+int32_t code_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::f64: return aoti_torch_dtype_float64();
+    case Dtype::f32: return aoti_torch_dtype_float32();
+    case Dtype::bf16: return aoti_torch_dtype_bfloat16();
+    case Dtype::f16: return aoti_torch_dtype_float16();
+    case Dtype::i64: return aoti_torch_dtype_int64();
+    case Dtype::i32: return aoti_torch_dtype_int32();
+  }
+  return -1;
+}
+
+Tensor empty(const int64_t* shape, int ndim, Dtype dtype, bool zeroed) {
+  int64_t strides[kMaxDims];
+  int64_t count = 1;
+  for (int i = ndim - 1; i >= 0; --i) {
+    strides[i] = count;
+    count *= shape[i];
+  }
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      ndim, shape, strides, code_of(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor t(handle);
+  const size_t bytes = count * item_size(dtype);
+  advise_huge_pages(t.data_ptr(), bytes);
+  if (zeroed) std::memset(t.data_ptr(), 0, bytes);
+  return t;
+}
+
+}  // namespace
+
+TensorView view(const char* op, const char* arg, const Tensor& t) {
+  TensorView v;
+  const int64_t ndim = t.dim();
+  check(ndim <= kMaxDims, op, arg, " has ", ndim, " dimensions");
+  v.ndim = static_cast<int>(ndim);
+  v.dtype = dtype_of(op, arg, t);
+  v.device = {t.is_cuda() ? DeviceType::cuda : DeviceType::cpu, t.get_device_index()};
+  if (v.device.type == DeviceType::cpu) v.device.index = 0;
+  v.data = t.data_ptr();
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  for (int i = 0; i < v.ndim; ++i) {
+    v.shape[i] = sizes[i];
+    v.stride[i] = strides[i];
+  }
+  return v;
+}
+
+TensorView view(const char* op, const char* arg, const OptionalTensor& t) {
+  return t ? view(op, arg, *t) : TensorView{};
+}
+
+Tensor empty(std::initializer_list<int64_t> shape, Dtype dtype, bool zeroed) {
+  return empty(shape.begin(), static_cast<int>(shape.size()), dtype, zeroed);
+}
+
+Tensor empty_like(const TensorView& t, bool zeroed) {
+  return empty(t.shape, t.ndim, t.dtype, zeroed);
+}
+
+Context cpu_context() {
+  Context ctx;
+  ctx.num_workers = static_cast<int>(torch::stable::get_num_threads());
+  ctx.run = [](int n, void (*body)(void*, int), void* arg) {
+    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t w = begin; w < end; ++w) body(arg, static_cast<int>(w));
+    });
+  };
+  return ctx;
+}
+
+}  // namespace memkernels::binding

@@ -1,0 +1,126 @@
+#include "core/check.h"
+
+#include "core/cpu/simd.h"
+
+namespace memkernels {
+
+const char* name(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::f64: return "float64";
+    case Dtype::f32: return "float32";
+    case Dtype::bf16: return "bfloat16";
+    case Dtype::f16: return "float16";
+    case Dtype::i64: return "int64";
+    case Dtype::i32: return "int32";
+  }
+  return "?";
+}
+
+int64_t item_size(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::f64:
+    case Dtype::i64: return 8;
+    case Dtype::f32:
+    case Dtype::i32: return 4;
+    case Dtype::bf16:
+    case Dtype::f16: return 2;
+  }
+  return 0;
+}
+
+int64_t numel(const TensorView& t) {
+  int64_t n = 1;
+  for (int i = 0; i < t.ndim; ++i) n *= t.shape[i];
+  return n;
+}
+
+namespace {
+
+std::string list_text(const int64_t* values, int n) {
+  std::ostringstream text;
+  text << '[';
+  for (int i = 0; i < n; ++i) {
+    text << (i ? ", " : "");
+    values[i] < 0 ? text << '*' : text << values[i];
+  }
+  text << ']';
+  return text.str();
+}
+
+}  // namespace
+
+std::string shape_text(const TensorView& t) { return list_text(t.shape, t.ndim); }
+
+void check_shape(const char* op, const char* arg, const TensorView& t, const char* meaning,
+                 std::initializer_list<int64_t> expected) {
+  bool ok = t.ndim == static_cast<int>(expected.size());
+  int i = 0;
+  for (int64_t size : expected) {
+    ok = ok && (size < 0 || t.shape[i] == size);
+    ++i;
+  }
+  check(ok, op, arg, " must be ", meaning, " = ",
+        list_text(expected.begin(), static_cast<int>(expected.size())), ", got ", shape_text(t));
+}
+
+void check_dtype(const char* op, const char* arg, const TensorView& t, Dtype expected) {
+  check(t.dtype == expected, op, arg, " must be ", name(expected), ", got ", name(t.dtype));
+}
+
+void check_floating(const char* op, const char* arg, const TensorView& t) {
+  check(is_floating(t.dtype), op, arg,
+        " has an unsupported dtype ", name(t.dtype),
+        "; supported: float32, bfloat16, float16, and float64 on the CPU");
+}
+
+void check_index(const char* op, const char* arg, const TensorView& t) {
+  check(!is_floating(t.dtype), op, arg, " must be int32 or int64, got ", name(t.dtype));
+}
+
+void check_companion(const char* op, const char* arg, const TensorView& t, Dtype main) {
+  const Dtype wide = main == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+  check(t.dtype == main || t.dtype == wide, op, arg, " must be ", name(wide),
+        wide == main ? "" : " or ", wide == main ? "" : name(main), ", got ", name(t.dtype));
+}
+
+void check_device(const char* op, const char* arg, const TensorView& t, Device expected) {
+  check(t.device.type == expected.type && t.device.index == expected.index, op, arg,
+        " is on another device than the other arguments");
+}
+
+double scalar_at(const TensorView& t, int64_t offset) {
+  switch (t.dtype) {
+    case Dtype::f64: return static_cast<const double*>(t.data)[offset];
+    case Dtype::f32: return static_cast<const float*>(t.data)[offset];
+    case Dtype::bf16: return to_acc(static_cast<const bf16*>(t.data)[offset]);
+    case Dtype::f16: return to_acc(static_cast<const f16*>(t.data)[offset]);
+    default: return static_cast<double>(index_at(t, offset));
+  }
+}
+
+void set_scalar(const TensorView& t, int64_t offset, double x) {
+  const float narrow = static_cast<float>(x);
+  switch (t.dtype) {
+    case Dtype::f64: static_cast<double*>(t.data)[offset] = x; break;
+    case Dtype::f32: static_cast<float*>(t.data)[offset] = narrow; break;
+    case Dtype::bf16: static_cast<bf16*>(t.data)[offset] = from_acc<bf16>(narrow); break;
+    case Dtype::f16: static_cast<f16*>(t.data)[offset] = from_acc<f16>(narrow); break;
+    default: break;
+  }
+}
+
+void check_rows_contiguous(const char* op, const char* arg, const TensorView& t) {
+  check(t.shape[t.ndim - 1] <= 1 || t.stride[t.ndim - 1] == 1, op, arg,
+        " must be contiguous in its last dimension, got stride ", t.stride[t.ndim - 1]);
+}
+
+void check_contiguous(const char* op, const char* arg, const TensorView& t) {
+  int64_t expected = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    if (t.shape[i] == 0) return;
+    check(t.shape[i] == 1 || t.stride[i] == expected, op, arg, " must be contiguous");
+    expected *= t.shape[i];
+  }
+}
+
+}  // namespace memkernels

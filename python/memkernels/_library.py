@@ -1,0 +1,126 @@
+"""Loads the compiled libraries and holds what every family's ops need around them."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_OLDEST_TORCH = (2, 10)
+
+
+def _check_torch() -> None:
+    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if found < _OLDEST_TORCH:
+        oldest = ".".join(map(str, _OLDEST_TORCH))
+        raise ImportError(f"memkernels needs torch >= {oldest}, found {torch.__version__}")
+
+
+_check_torch()
+
+from memkernels import _C  # noqa: E402  (an old torch is to be named before anything fails to load)
+
+torch.ops.load_library(str(pathlib.Path(_C.__file__).parent / "memkernels_torch.so"))
+
+# Python-side registrations (fake, autograd, autocast) live as long as this object.
+library = torch.library.Library("memkernels", "FRAGMENT")
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def below_autograd(*tensors: Tensor | None) -> bool:
+    """True where a call may skip the autograd layer: nothing asks for a gradient and nothing is
+    tracing, so that all it would add is microseconds."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    grad = torch.is_grad_enabled()
+    return all(
+        t is None or (type(t) in _PLAIN and not (grad and t.requires_grad)) for t in tensors
+    )
+
+
+def use_fallback(device: torch.device, op: str) -> bool:
+    """True where the plain torch implementation is to run: ``MEMKERNELS_BACKEND=torch``, or a
+    device for which this build has no kernel."""
+    backend = os.environ.get("MEMKERNELS_BACKEND", "native")
+    if backend not in ("native", "torch"):
+        raise RuntimeError(f"MEMKERNELS_BACKEND must be native or torch, got {backend!r}")
+    if backend == "torch":
+        return True
+    if device.type in ("cpu", "meta"):
+        return False
+    return not torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"memkernels::{op}", device.type.upper()
+    )
+
+
+def no_gradient(op: str, tensors: dict[str, Tensor]) -> None:
+    """Refuses a mutating op where autograd would have to follow it."""
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor.requires_grad:
+            raise RuntimeError(
+                f"{op}: {name} requires grad, but {op} is not differentiable: "
+                "it writes in place; call it under torch.no_grad()"
+            )
+
+
+def once_differentiable(op: str) -> None:
+    """Makes differentiating ``{op}_backward`` an error instead of a silent constant."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{op}: once differentiable; its backward has no gradient")
+
+    torch.library.register_autograd(f"memkernels::{op}_backward", refuse, lib=library)
+
+
+def in_place(op: str, mutated: tuple[str, ...]) -> None:
+    """Gives a mutating op what autograd expects of one: an error where a gradient would be lost,
+    and a raised version counter, which tells it that saved tensors have changed."""
+    overload = getattr(torch.ops.memkernels, op).default
+    names = [argument.name for argument in overload._schema.arguments]
+    indices = [names.index(name) for name in mutated]
+
+    def autograd(keyset, *args, **kwargs):
+        no_gradient(op, {n: a for n, a in zip(names, args) if isinstance(a, Tensor)})
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    def bump(keyset, *args, **kwargs):
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            result = overload.redispatch(
+                keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs
+            )
+        for i in indices:
+            torch.autograd.graph.increment_version(args[i])
+        return result
+
+    library.impl(op, autograd, "Autograd", with_keyset=True)
+    library.impl(op, bump, "ADInplaceOrView", with_keyset=True)
+
+
+def autocasts(t: Tensor) -> bool:
+    """Floating tensors that autocast touches: all but float64, as in torch."""
+    return t.is_floating_point() and t.dtype != torch.float64
+
+
+def register_autocast(op: str, cast: Callable) -> None:
+    """``cast(dtype, *args, **kwargs)`` returns the (args, kwargs) to run the op with."""
+    overload = getattr(torch.ops.memkernels, op).default
+
+    def rule(device: str) -> Callable:
+        def run(*args, **kwargs):
+            args, kwargs = cast(torch.get_autocast_dtype(device), *args, **kwargs)
+            with torch.autocast(device, enabled=False):
+                return overload(*args, **kwargs)
+
+        return run
+
+    library.impl(op, rule("cpu"), "AutocastCPU")
+    library.impl(op, rule("cuda"), "AutocastCUDA")
