@@ -56,7 +56,7 @@ void copy_token(const TensorView& from, int64_t token, const TensorView& to, int
 }  // namespace
 
 void append_kv(const AppendKvArgs& a, const Context& ctx) {
-  check_floating(kOp, "k", a.k);
+  check_floating(kOp, "k_cache", a.k_cache);
   check(a.k_cache.ndim == 4, kOp, "k_cache must be [num_pages, page_size, Hkv, D], got ",
         shape_text(a.k_cache));
   check(a.v_cache.ndim == 4, kOp, "v_cache must be [num_pages, page_size, Hkv, Dv], got ",
@@ -71,7 +71,7 @@ void append_kv(const AppendKvArgs& a, const Context& ctx) {
   check_index(kOp, "slot_mapping", a.slot_mapping);
   for (const auto& [arg, t] : {std::pair{"k", &a.k}, {"v", &a.v}, {"k_cache", &a.k_cache},
                                {"v_cache", &a.v_cache}}) {
-    check_dtype(kOp, arg, *t, a.k.dtype);
+    check_dtype(kOp, arg, *t, a.k_cache.dtype);
     check_rows_contiguous(kOp, arg, *t);
     check_device(kOp, arg, *t, a.k.device);
   }

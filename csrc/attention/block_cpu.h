@@ -64,10 +64,28 @@ struct KeyBlock {
     });
     for (int64_t i = n; i < kBlockKeys; ++i) k[i] = v[i] = nullptr;
   }
+
+  // What is added to the logits of one head: the key bias, and -inf where there is no key.
+  bool has_addend(const Problem& p) const { return gaps || p.key_bias.data != nullptr; }
+
+  void addends(const Problem& p, int64_t head, Acc<T>* out) const {
+    for (int i = 0; i < kBlockKeys; ++i) {
+      out[i] = k[i] == nullptr ? -kInfinity<Acc<T>> : bias_of(p, i, head);
+    }
+  }
+
+  // A key whose bias is -inf counts as absent: its value is never read.
+  bool hidden(const Problem& p, int64_t i, int64_t head) const {
+    return k[i] == nullptr || bias_of(p, i, head) == -kInfinity<Acc<T>>;
+  }
+
+  Acc<T> bias_of(const Problem& p, int64_t i, int64_t head) const {
+    if (p.key_bias.data == nullptr) return 0;
+    return static_cast<Acc<T>>(scalar(p.key_bias, bias[i] + head * p.key_bias.head_stride));
+  }
 };
 
-// The rows of one KV head in a block, and what is added to their logits: the key bias, or -inf
-// where there is no key. A key whose bias is -inf is treated as absent, so that it is never read.
+// The rows of one KV head in a block; null where there is no key, or a hidden one.
 template <class T>
 struct HeadBlock {
   const T* k[kBlockKeys];
@@ -76,18 +94,12 @@ struct HeadBlock {
   bool has_addend;
 
   void select(const Problem& p, const KeyBlock<T>& block, int64_t head) {
-    has_addend = block.gaps || p.key_bias.data != nullptr;
+    has_addend = block.has_addend(p);
+    if (has_addend) block.addends(p, head, addend);
     for (int i = 0; i < kBlockKeys; ++i) {
-      k[i] = block.k[i] == nullptr ? nullptr : block.k[i] + head * p.k.head_stride;
-      v[i] = block.v[i] == nullptr ? nullptr : block.v[i] + head * p.v.head_stride;
-    }
-    if (!has_addend) return;
-    for (int i = 0; i < kBlockKeys; ++i) {
-      addend[i] = k[i] == nullptr ? -kInfinity<Acc<T>> : Acc<T>(0);
-      if (k[i] == nullptr || p.key_bias.data == nullptr) continue;
-      addend[i] = static_cast<Acc<T>>(
-          scalar(p.key_bias, block.bias[i] + head * p.key_bias.head_stride));
-      if (addend[i] == -kInfinity<Acc<T>>) k[i] = v[i] = nullptr;
+      const bool hidden = has_addend && addend[i] == -kInfinity<Acc<T>>;
+      k[i] = hidden ? nullptr : block.k[i] + head * p.k.head_stride;
+      v[i] = hidden ? nullptr : block.v[i] + head * p.v.head_stride;
     }
   }
 };

@@ -42,27 +42,37 @@ struct Merge {
     }
   }
 
+  // w_n = e^(lse_n - max) / total, which stays exact where lse itself is large. total is 0 if every
+  // part is empty.
+  struct Weights {
+    A max = -kInfinity<A>, total = 0;
+
+    Weights(const MergeStatesArgs& a, int64_t row) {
+      const int64_t parts = a.outs.shape[0];
+      for (int64_t n = 0; n < parts; ++n) {
+        const A lse = part_lse(a, n, row);
+        max = lse > max ? lse : max;
+      }
+      for (int64_t n = 0; n < parts; ++n) {
+        const A lse = part_lse(a, n, row);
+        if (lse != -kInfinity<A>) total += exp(lse - max);
+      }
+    }
+    A of(A lse) const { return exp(lse - max) / total; }
+  };
+
   static void forward(const MergeStatesArgs& a, int64_t row) {
     const int64_t parts = a.outs.shape[0], dim = a.outs.shape[3];
-    A top = -kInfinity<A>;
-    for (int64_t n = 0; n < parts; ++n) {
-      const A lse = part_lse(a, n, row);
-      top = lse > top ? lse : top;
-    }
-    A total = 0;
-    for (int64_t n = 0; n < parts; ++n) {
-      const A lse = part_lse(a, n, row);
-      if (lse != -kInfinity<A>) total += exp(lse - top);
-    }
-    const A lse = total == 0 ? -kInfinity<A> : top + log(total);
-    static_cast<A*>(a.lse.data)[row] = lse;
+    const Weights weights(a, row);
+    static_cast<A*>(a.lse.data)[row] =
+        weights.total == 0 ? -kInfinity<A> : weights.max + log(weights.total);
     T* out = static_cast<T*>(a.out.data) + row * dim;
     for (int64_t d = 0; d < dim; d += kPair<T>) {
       Vec<A> x{}, y{};
       for (int64_t n = 0; n < parts; ++n) {
-        const A one = part_lse(a, n, row);
-        if (one == -kInfinity<A>) continue;
-        const A weight = exp(one - lse);
+        const A lse = part_lse(a, n, row);
+        if (lse == -kInfinity<A>) continue;
+        const A weight = weights.of(lse);
         Vec<A> u, v;
         load_part(part(a, n, row), d, dim, u, v);
         x += u * weight;
@@ -77,7 +87,7 @@ struct Merge {
     const int64_t rows = a.outs.shape[1] * a.outs.shape[2];
     const T* out = static_cast<const T*>(a.out.data) + row * dim;
     const T* dout = static_cast<const T*>(g.dout.data) + row * dim;
-    const A lse = static_cast<const A*>(a.lse.data)[row];
+    const Weights weights(a, row);
     const A dlse = g.dlse.ndim < 0 ? A(0) : static_cast<const A*>(g.dlse.data)[row];
     for (int64_t n = 0; n < parts; ++n) {
       T* douts = static_cast<T*>(g.douts.data) + (n * rows + row) * dim;
@@ -88,7 +98,7 @@ struct Merge {
         dlses = 0;
         continue;
       }
-      const A weight = exp(one - lse);
+      const A weight = weights.of(one);
       const T* values = part(a, n, row);
       Vec<A> dot{};
       for (int64_t d = 0; d < dim; d += kPair<T>) {

@@ -15,6 +15,9 @@ namespace {
 // Up to here dot products beat packing.
 constexpr int kFewRows = 12;
 
+// How far ahead of the arithmetic the cache is asked for: enough to hide memory, within L1.
+constexpr int64_t kPrefetchBytes = 16384;
+
 template <int N>
 struct Int {
   static constexpr int value = N;
@@ -29,7 +32,7 @@ struct Scratch {
   A* out;        // [heads][rows][dim_v], in pair order
   A* max;        // [heads][rows]
   A* sum;        // [heads][rows]
-  A* scores;     // [rows][kBlockKeys]
+  A* scores;     // [rows][kBlockKeys], or [heads][kFewRows][kBlockKeys]
   Unit* weights; // [rows][units of kBlockKeys]
   Unit* packed;  // a block of K or V
   const T** q_rows;  // [rows]
@@ -44,7 +47,7 @@ struct Scratch {
     out = arena.take<A>(heads * rows * pad.dim_v);
     max = arena.take<A>(heads * rows);
     sum = arena.take<A>(heads * rows);
-    scores = arena.take<A>(rows * kBlockKeys);
+    scores = arena.take<A>((rows > heads * kFewRows ? rows : heads * kFewRows) * kBlockKeys);
     weights = arena.take<Unit>(rows * kBlockKeys);
     packed = arena.take<Unit>(kBlockKeys * widest);
     q_rows = arena.take<const T*>(rows);
@@ -52,11 +55,6 @@ struct Scratch {
     bytes = arena.used;
   }
 };
-
-template <class T>
-MK_INLINE const T* or_zeros(const T* row, const T* zeros) {
-  return row == nullptr ? zeros : row;
-}
 
 // c += q . k over one chunk of kPair elements.
 template <class T>
@@ -90,106 +88,101 @@ struct Chunk<bf16> {
 };
 #endif
 
-// scores[r][j] = q[r] . k[j] for R rows and `count` keys rounded up to a full tile.
+// Keys a tile of dot products takes for R rows: one vector of sums.
 template <class T, int R>
-MK_INLINE void score_rows(const typename Math<T>::Unit* q, int64_t q_stride, const T* const* k,
-                          int64_t count, int64_t dim, const T* zeros, Acc<T>* scores) {
+constexpr int kTileKeys = kLanes<Acc<T>> / (R == 3 ? 4 : R);
+
+// scores[r][i] = q[r] . k[i] for R rows and kTileKeys keys.
+template <class T, int R>
+MK_INLINE void score_tile(const typename Math<T>::Unit* q, int64_t q_stride, const T* const* k,
+                          int64_t dim, Acc<T>* scores) {
   using A = Acc<T>;
-  constexpr int W = kLanes<A>;
-  constexpr int K = W / (R == 3 ? 4 : R);  // keys a tile: one vector of sums
-  for (int64_t j = 0; j < count; j += K) {
-    Vec<A> acc[W] = {};
-    const T* rows[K];
+  constexpr int K = kTileKeys<T, R>;
+  Vec<A> acc[kLanes<A>] = {};
+  const auto step = [&](int64_t d, bool whole) __attribute__((always_inline)) {
+    const auto dot = [&](const Chunk<T>& chunk, int r, int i) __attribute__((always_inline)) {
+      acc[r * K + i] = chunk.dot(Chunk<T>::q_at(q + r * q_stride, d), acc[r * K + i]);
+    };
+    if constexpr (R > K) {  // few keys: they stay in registers, each part of q is loaded once
+      Chunk<T> chunk[K];
 #pragma GCC unroll 16
-    for (int i = 0; i < K; ++i) rows[i] = or_zeros(k[j + i], zeros);
-    const auto step = [&](int64_t d, bool whole) __attribute__((always_inline)) {
+      for (int i = 0; i < K; ++i) chunk[i].read(k[i], d, dim, whole);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+        for (int i = 0; i < K; ++i) dot(chunk[i], r, i);
+      }
+    } else {
 #pragma GCC unroll 16
       for (int i = 0; i < K; ++i) {
         Chunk<T> chunk;
-        chunk.read(rows[i], d, dim, whole);
+        chunk.read(k[i], d, dim, whole);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          acc[r * K + i] = chunk.dot(Chunk<T>::q_at(q + r * q_stride, d), acc[r * K + i]);
-        }
+        for (int r = 0; r < R; ++r) dot(chunk, r, i);
       }
-    };
-    int64_t d = 0;
-    for (; d + kPair<T> <= dim; d += kPair<T>) step(d, true);
-    if (d < dim) step(d, false);
-    A sums[W];
-    store(sums, sum_each<A>(acc));
+    }
+  };
+  int64_t d = 0;
+  for (; d + kPair<T> <= dim; d += kPair<T>) step(d, true);
+  if (d < dim) step(d, false);
+  A sums[kLanes<A>];
+  store(sums, sum_each<A>(acc));
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) memcpy(scores + r * kBlockKeys + j, sums + r * K, K * sizeof(A));
-  }
+  for (int r = 0; r < R; ++r) memcpy(scores + r * kBlockKeys, sums + r * K, K * sizeof(A));
 }
 
-// out[r] += sum_j weights[r][j] v[j] for R rows, C chunks of the head dimension at a time so that
-// there are enough independent sums.
+// Keys whose values are added in one go, so that accumulators are loaded and stored once for all.
+constexpr int kRunKeys = 8;
+
+// out[r] += sum_i weights[r][i] v[i] for R rows and up to kRunKeys keys, C chunks of the head
+// dimension at a time so that there are enough independent sums.
 template <class T, int R>
-MK_INLINE void add_values(const Acc<T>* weights, const T* const* v, int64_t count, int64_t dim,
-                          const T* zeros, Acc<T>* out, int64_t out_stride) {
+MK_INLINE void add_values(const Acc<T>* weights, const T* const* v, int count, int64_t dim,
+                          Acc<T>* out, int64_t out_stride) {
   using A = Acc<T>;
   constexpr int W = kLanes<A>;
   constexpr int C = R == 1 ? 4 : R == 2 ? 2 : 1;
-  constexpr int kRun = 8;  // keys whose rows stay in L1 for the passes over the head dimension
-  for (int64_t j0 = 0; j0 < count; j0 += kRun) {
-    const T* rows[kRun];
-    const int run = static_cast<int>(count - j0 < kRun ? count - j0 : kRun);
-    for (int i = 0; i < run; ++i) rows[i] = or_zeros(v[j0 + i], zeros);
-    const auto chunks = [&](int64_t d, auto num_chunks, bool whole)
-                            __attribute__((always_inline)) {
-      constexpr int N = decltype(num_chunks)::value;
-      Vec<A> acc[R][N][2];
+  const auto chunks = [&](int64_t d, auto num_chunks, bool whole) __attribute__((always_inline)) {
+    constexpr int N = decltype(num_chunks)::value;
+    Vec<A> acc[R][N][2];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-        for (int c = 0; c < N; ++c) {
-          acc[r][c][0] = load(out + r * out_stride + d + c * 2 * W);
-          acc[r][c][1] = load(out + r * out_stride + d + c * 2 * W + W);
-        }
+      for (int c = 0; c < N; ++c) {
+        acc[r][c][0] = load(out + r * out_stride + d + c * 2 * W);
+        acc[r][c][1] = load(out + r * out_stride + d + c * 2 * W + W);
       }
-      for (int i = 0; i < run; ++i) {
-#pragma GCC unroll 8
-        for (int c = 0; c < N; ++c) {
-          Vec<A> a, b;
-          if (whole) {
-            load_pair(rows[i] + d + c * 2 * W, a, b);
-          } else {
-            load_pair_tail(rows[i] + d, dim - d, a, b);
-          }
-#pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) {
-            const Vec<A> weight = splat(weights[r * kBlockKeys + j0 + i]);
-            acc[r][c][0] += weight * a;
-            acc[r][c][1] += weight * b;
-          }
-        }
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-        for (int c = 0; c < N; ++c) {
-          store(out + r * out_stride + d + c * 2 * W, acc[r][c][0]);
-          store(out + r * out_stride + d + c * 2 * W + W, acc[r][c][1]);
-        }
-      }
-    };
-    int64_t d = 0;
-    for (; d + C * kPair<T> <= dim; d += C * kPair<T>) chunks(d, Int<C>{}, true);
-    for (; d + kPair<T> <= dim; d += kPair<T>) chunks(d, Int<1>{}, true);
-    if (d < dim) chunks(d, Int<1>{}, false);
-  }
-}
-
-template <class T>
-MK_INLINE void prefetch_rows(const T* const* rows, int64_t offset, int64_t count, int64_t dim) {
-  for (int64_t j = 0; j < count; ++j) {
-    if (rows[j] == nullptr) continue;
-    const char* row = reinterpret_cast<const char*>(rows[j] + offset);
-    for (int64_t at = 0; at < dim * static_cast<int64_t>(sizeof(T)); at += 64) {
-      __builtin_prefetch(row + at, 0, 2);
     }
-  }
+    for (int i = 0; i < count; ++i) {
+#pragma GCC unroll 8
+      for (int c = 0; c < N; ++c) {
+        Vec<A> a, b;
+        if (whole) {
+          load_pair(v[i] + d + c * 2 * W, a, b);
+        } else {
+          load_pair_tail(v[i] + d, dim - d, a, b);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const Vec<A> weight = splat(weights[r * kBlockKeys + i]);
+          acc[r][c][0] += weight * a;
+          acc[r][c][1] += weight * b;
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int c = 0; c < N; ++c) {
+        store(out + r * out_stride + d + c * 2 * W, acc[r][c][0]);
+        store(out + r * out_stride + d + c * 2 * W + W, acc[r][c][1]);
+      }
+    }
+  };
+  int64_t d = 0;
+  for (; d + C * kPair<T> <= dim; d += C * kPair<T>) chunks(d, Int<C>{}, true);
+  for (; d + kPair<T> <= dim; d += kPair<T>) chunks(d, Int<1>{}, true);
+  if (d < dim) chunks(d, Int<1>{}, false);
 }
 
 // Logits of one row to weights e^(logit - max), in place; updates the running maximum and sum and
@@ -262,12 +255,19 @@ struct Attend {
   const int64_t rows;         // queries times group
   const int64_t padded_rows;  // to kTileRows
   const Scratch<T> s;
+  const int64_t ahead;        // rows to prefetch ahead, at most kBlockKeys
   int64_t q_stride = 0;
 
   Attend(const Problem& p, int64_t b, int64_t i0, int64_t i1, int64_t h0, int64_t h1, void* scratch)
       : p(p), pad(p), b(b), i0(i0), i1(i1), h0(h0), h1(h1), seq(p.sequences[b]),
         rows((i1 - i0) * p.group), padded_rows(round_up(rows, kTileRows)),
-        s(p, padded_rows, h1 - h0, scratch) {}
+        s(p, padded_rows, h1 - h0, scratch),
+        ahead(rows_ahead((h1 - h0) * p.dim * static_cast<int64_t>(sizeof(T)))) {}
+
+  static int64_t rows_ahead(int64_t row_bytes) {
+    const int64_t n = 1 + kPrefetchBytes / row_bytes;
+    return n < kBlockKeys / 2 ? n : kBlockKeys / 2;
+  }
 
   int64_t position(int64_t i) const { return seq.kv_len - seq.num_q + i; }
 
@@ -306,95 +306,153 @@ struct Attend {
   }
 
   void attend_block(const KeyBlock<T>& block, const KeyBlock<T>* following) {
-    HeadBlock<T> keys;
-    for (int64_t h = h0; h < h1; ++h) {
-      keys.select(p, block, h);
-      if (rows <= kFewRows) {
-        const KeyBlock<T>* ahead = h + 1 < h1 ? &block : following;
-        attend_few(block, keys, h, ahead, h + 1 < h1 ? h + 1 : h0);
-      } else {
-        attend_many(block, keys, h);
+    if (rows <= kFewRows) {
+      attend_few(block, following);
+      return;
+    }
+    for (int64_t h = h0; h < h1; ++h) attend_many(block, h);
+  }
+
+  bool needs_mask(const KeyBlock<T>& block) const {
+    return !all_visible(p, h0, seq.kv_len, position(i0), position(i1 - 1), block.begin,
+                        block.count);
+  }
+
+  // Scores of row r of the task's head h to weights, in place, and the state after them.
+  void softmax_row(const KeyBlock<T>& block, const A* addend, bool masked, int64_t h, int64_t r,
+                   A* scores) const {
+    KeyRange seen;
+    if (masked) {
+      const int64_t at = position(i0 + r / p.group);
+      seen = visible_keys(p, h0, seq.kv_len, at, at);
+    }
+    to_logits(scores, p, addend, block.begin, masked ? &seen : nullptr);
+    const int64_t row = h * padded_rows + r;
+    const A rescale = update_softmax(scores, s.max[row], s.sum[row]);
+    if (rescale != 1) scale_row(s.out + row * pad.dim_v, pad.dim_v, rescale);
+  }
+
+  // The rows of K and V in the order in which they are read: the block's keys, its values, the
+  // next block's keys.
+  struct Upcoming {
+    const char* row[3 * kBlockKeys];
+    int64_t head_stride[3 * kBlockKeys];  // bytes
+    int64_t line_bytes;
+
+    // Inlined by force: GCC takes a function that only prefetches to be without effect, and drops
+    // calls of it.
+    MK_INLINE void prefetch(int64_t place, int64_t head) const {
+      const char* at = row[place] + head * head_stride[place];
+#pragma GCC unroll 4
+      for (int64_t line = 0; line < line_bytes; line += 64) __builtin_prefetch(at + line);
+    }
+  };
+
+  Upcoming upcoming_rows(const KeyBlock<T>& block, const KeyBlock<T>* following) const {
+    Upcoming out;
+    int64_t n = 0;
+    const auto add = [&](const T* const* rows, int64_t count, const Rows& of) {
+      for (int64_t i = 0; i < count; ++i, ++n) {
+        const T* row = rows[i] == nullptr ? s.zeros : rows[i];
+        out.row[n] = reinterpret_cast<const char*>(row);
+        out.head_stride[n] = rows[i] == nullptr ? 0 : of.head_stride * sizeof(T);
+      }
+    };
+    add(block.k, block.count, p.k);
+    add(block.v, block.count, p.v);
+    if (following != nullptr) add(following->k, following->count, p.k);
+    for (; n < 3 * kBlockKeys; ++n) {
+      out.row[n] = reinterpret_cast<const char*>(s.zeros);
+      out.head_stride[n] = 0;
+    }
+    out.line_bytes = (p.dim < p.dim_v ? p.dim : p.dim_v) * sizeof(T);
+    return out;
+  }
+
+  // Token by token through all heads of the task, in the order in which they lie in an NHD cache.
+  template <int R>
+  void few_rows(const KeyBlock<T>& block, const Upcoming& upcoming, int64_t r0) {
+    constexpr int K = kTileKeys<T, R>;
+    const int64_t heads = h1 - h0;
+    const int64_t q_size = padded_rows * pad.dim;
+    const auto row_of = [&](const T* row, const Rows& of, int64_t h) {
+      return row == nullptr ? s.zeros : row + (h0 + h) * of.head_stride;
+    };
+    for (int64_t j = 0; j < block.count; j += K) {
+      for (int64_t h = 0; h < heads; ++h) {
+        const T* k[K];
+#pragma GCC unroll 16
+        for (int i = 0; i < K; ++i) {
+          k[i] = row_of(block.k[j + i], p.k, h);
+          upcoming.prefetch(j + i + ahead, h0 + h);
+        }
+        score_tile<T, R>(s.q + h * q_size + r0 * q_stride, q_stride, k, p.dim,
+                         s.scores + h * kFewRows * kBlockKeys + j);
+      }
+    }
+    const bool masked = needs_mask(block);
+    const bool has_addend = block.has_addend(p);
+    A addends[kBlockKeys];
+    for (int64_t h = 0; h < heads; ++h) {
+      A* scores = s.scores + h * kFewRows * kBlockKeys;
+      if (has_addend) block.addends(p, h0 + h, addends);
+      for (int r = 0; r < R; ++r) {
+        A* row = scores + r * kBlockKeys;
+        for (int64_t j = round_up(block.count, K); j < kBlockKeys; ++j) row[j] = 0;
+        softmax_row(block, has_addend ? addends : nullptr, masked, h, r0 + r, row);
+      }
+    }
+    for (int64_t j = 0; j < block.count; j += kRunKeys) {
+      const int run = static_cast<int>(block.count - j < kRunKeys ? block.count - j : kRunKeys);
+      for (int64_t h = 0; h < heads; ++h) {
+        const T* v[kRunKeys];
+        for (int i = 0; i < run; ++i) {
+          v[i] = block.hidden(p, j + i, h0 + h) ? s.zeros : row_of(block.v[j + i], p.v, h);
+          upcoming.prefetch(block.count + j + i + ahead, h0 + h);
+        }
+        add_values<T, R>(s.scores + h * kFewRows * kBlockKeys + j, v, run, p.dim_v,
+                         s.out + (h * padded_rows + r0) * pad.dim_v, pad.dim_v);
       }
     }
   }
 
-  void row_logits(const KeyBlock<T>& block, const HeadBlock<T>& keys, int64_t head, bool masked,
-                  int64_t r, A* logits) const {
-    KeyRange seen;
-    if (masked) {
-      const int64_t at = position(i0 + r / p.group);
-      seen = visible_keys(p, head, seq.kv_len, at, at);
-    }
-    to_logits(logits, p, keys.has_addend ? keys.addend : nullptr, block.begin,
-              masked ? &seen : nullptr);
-  }
-
-  bool needs_mask(const KeyBlock<T>& block, int64_t head) const {
-    return !all_visible(p, head, seq.kv_len, position(i0), position(i1 - 1), block.begin,
-                        block.count);
-  }
-
-  template <int R>
-  void few_rows(const KeyBlock<T>& block, const HeadBlock<T>& keys, int64_t head, int64_t r0) {
-    const int64_t h = head - h0;
-    const bool masked = needs_mask(block, head);
-    A* out = s.out + (h * padded_rows + r0) * pad.dim_v;
-    score_rows<T, R>(s.q + h * padded_rows * pad.dim + r0 * q_stride, q_stride, keys.k,
-                     block.count, p.dim, s.zeros, s.scores);
-    for (int r = 0; r < R; ++r) {
-      const int64_t row = h * padded_rows + r0 + r;
-      A* logits = s.scores + r * kBlockKeys;
-      for (int64_t j = block.count; j < kBlockKeys; ++j) logits[j] = 0;
-      row_logits(block, keys, head, masked, r0 + r, logits);
-      const A rescale = update_softmax(logits, s.max[row], s.sum[row]);
-      if (rescale != 1) scale_row(out + r * pad.dim_v, pad.dim_v, rescale);
-    }
-    add_values<T, R>(s.scores, keys.v, block.count, p.dim_v, s.zeros, out, pad.dim_v);
-  }
-
-  void attend_few(const KeyBlock<T>& block, const HeadBlock<T>& keys, int64_t head,
-                  const KeyBlock<T>* ahead, int64_t ahead_head) {
-    if (ahead != nullptr) {
-      prefetch_rows(ahead->k, ahead_head * p.k.head_stride, ahead->count, p.dim);
-      prefetch_rows(ahead->v, ahead_head * p.v.head_stride, ahead->count, p.dim_v);
-    }
+  void attend_few(const KeyBlock<T>& block, const KeyBlock<T>* following) {
     constexpr int kMost = kLanes<A> < 4 ? kLanes<A> : 4;
+    const Upcoming upcoming = upcoming_rows(block, following);
     for (int64_t r = 0; r < rows;) {
       const int64_t left = rows - r;
       if (left >= kMost) {
-        few_rows<kMost>(block, keys, head, r);
+        few_rows<kMost>(block, upcoming, r);
         r += kMost;
       } else if (left == 3) {
-        few_rows<kMost < 3 ? 1 : 3>(block, keys, head, r);
-        r += 3;
+        few_rows<kMost < 3 ? 1 : 3>(block, upcoming, r);
+        r += kMost < 3 ? 1 : 3;
       } else if (left == 2) {
-        few_rows<2>(block, keys, head, r);
+        few_rows<2>(block, upcoming, r);
         r += 2;
       } else {
-        few_rows<1>(block, keys, head, r);
+        few_rows<1>(block, upcoming, r);
         r += 1;
       }
     }
   }
 
-  void attend_many(const KeyBlock<T>& block, const HeadBlock<T>& keys, int64_t head) {
+  void attend_many(const KeyBlock<T>& block, int64_t head) {
     const int64_t h = head - h0;
-    const bool masked = needs_mask(block, head);
-    A* out = s.out + h * padded_rows * pad.dim_v;
+    const bool masked = needs_mask(block);
+    HeadBlock<T> keys;
+    keys.select(p, block, head);
     pack_b_transposed<T>(keys.k, kBlockKeys, p.dim, s.packed);
     matmul<M>(padded_rows, kBlockKeys, pad.dim / M::kElements, s.q + h * padded_rows * pad.dim,
               q_stride, 1, s.packed, s.scores, kBlockKeys, false);
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t row = h * padded_rows + r;
-      A* logits = s.scores + r * kBlockKeys;
-      row_logits(block, keys, head, masked, r, logits);
-      const A rescale = update_softmax(logits, s.max[row], s.sum[row]);
-      if (rescale != 1) scale_row(out + r * pad.dim_v, pad.dim_v, rescale);
+      softmax_row(block, keys.has_addend ? keys.addend : nullptr, masked, h, r,
+                  s.scores + r * kBlockKeys);
     }
     pack_b<T>(keys.v, kBlockKeys, p.dim_v, s.packed);
     const auto* weights = as_a<M>(s.scores, padded_rows, kBlockKeys, s.weights);
     matmul<M>(padded_rows, pad.dim_v, units<M>(kBlockKeys), weights, units<M>(kBlockKeys), 1,
-              s.packed, out, pad.dim_v, true);
+              s.packed, s.out + h * padded_rows * pad.dim_v, pad.dim_v, true);
   }
 
   // Calls visit(query, head, state row) for every row of the task.

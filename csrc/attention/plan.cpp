@@ -112,6 +112,7 @@ void make_plan(const char* op, const PagedAttentionArgs& a, Plan& plan) {
 
   // The batch size, as q, the lengths and the table each imply it.
   int64_t batch = total_q;
+  const char* source = given(a.cu_seqlens_q) ? "cu_seqlens_q" : "q";
   if (given(a.cu_seqlens_q)) {
     check(a.cu_seqlens_q.ndim == 1 && a.cu_seqlens_q.shape[0] >= 1, op,
           "cu_seqlens_q must be [B + 1], got ", shape_text(a.cu_seqlens_q));
@@ -124,16 +125,16 @@ void make_plan(const char* op, const PagedAttentionArgs& a, Plan& plan) {
           shape_text(a.page_table));
     check_optional_index(op, "page_table", a.page_table, device);
     check(a.page_table.shape[0] == batch, op, "page_table has ", a.page_table.shape[0],
-          " rows, q implies ", batch, " sequences");
+          " rows, ", source, " implies ", batch, " sequences");
   } else if (packed) {
     check(a.cu_seqlens_k.ndim == 1 && a.cu_seqlens_k.shape[0] == batch + 1, op,
-          "cu_seqlens_k must be [B + 1] with B = ", batch, " as q implies, got ",
+          "cu_seqlens_k must be [B + 1] with B = ", batch, " as ", source, " implies, got ",
           shape_text(a.cu_seqlens_k));
     check_optional_index(op, "cu_seqlens_k", a.cu_seqlens_k, device);
     check_cumulative(op, "cu_seqlens_k", a.cu_seqlens_k, batch, "k_cache", a.k_cache.shape[0]);
   } else {
     check(a.k_cache.shape[0] == batch, op, "k_cache has ", a.k_cache.shape[0],
-          " sequences, q implies ", batch);
+          " sequences, ", source, " implies ", batch);
   }
   if (given(a.seq_lens)) {
     check_shape(op, "seq_lens", a.seq_lens, "[B]", {batch});

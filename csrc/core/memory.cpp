@@ -1,5 +1,8 @@
 #include "core/memory.h"
 
+#include <cstdlib>
+#include <utility>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -21,11 +24,38 @@ void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
+namespace {
+
+constexpr size_t kKeptBytes = size_t{16} << 20;
+
+struct Kept {
+  void* data = nullptr;
+  size_t bytes = 0;
+  ~Kept() { std::free(data); }
+};
+
+thread_local Kept kept;
+
+}  // namespace
+
+void ReleaseWorkspace::operator()(void* p) const {
+  if (bytes <= kKeptBytes && bytes > kept.bytes) {
+    std::swap(p, kept.data);
+    kept.bytes = bytes;
+  }
+  std::free(p);
+}
+
 Workspace allocate_workspace(size_t bytes) {
-  void* data = std::aligned_alloc(kAlignment, align_up(bytes ? bytes : 1));
+  if (kept.data != nullptr && bytes <= kept.bytes) {
+    const size_t size = std::exchange(kept.bytes, 0);
+    return Workspace(std::exchange(kept.data, nullptr), ReleaseWorkspace{size});
+  }
+  bytes = align_up(bytes ? bytes : 1);
+  void* data = std::aligned_alloc(kAlignment, bytes);
   check(data != nullptr, "memkernels", "out of memory: no workspace of ", bytes, " bytes");
   advise_huge_pages(data, bytes);
-  return Workspace(data);
+  return Workspace(data, ReleaseWorkspace{bytes});
 }
 
 }  // namespace memkernels

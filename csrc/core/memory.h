@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdlib>
 #include <memory>
 
 namespace memkernels {
@@ -15,12 +14,15 @@ inline constexpr size_t align_up(size_t n) { return (n + kAlignment - 1) / kAlig
 // for huge pages from 32 MiB up. Advice only: contents and mapping do not change.
 void advise_huge_pages(void* data, size_t bytes);
 
-struct FreeDeleter {
-  void operator()(void* p) const { std::free(p); }
+struct ReleaseWorkspace {
+  size_t bytes = 0;
+  void operator()(void* p) const;
 };
 
-// Uninitialised, aligned to kAlignment; raises Error when the system has no memory left.
-using Workspace = std::unique_ptr<void, FreeDeleter>;
+// Uninitialised, aligned to kAlignment; raises Error when the system has no memory left. A thread
+// keeps its last workspace of up to 16 MiB for its next call, since fresh pages cost more than a
+// small kernel.
+using Workspace = std::unique_ptr<void, ReleaseWorkspace>;
 Workspace allocate_workspace(size_t bytes);
 
 }  // namespace memkernels

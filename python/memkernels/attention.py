@@ -187,6 +187,10 @@ def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
 @torch.library.register_fake("memkernels::paged_attention", lib=_lib)
 def _(q, k_cache, v_cache, *args, **options):
     out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[-1])
@@ -218,7 +222,7 @@ def _paged_attention_grad(ctx, dout, dlse):
     if dout is None:
         dout = torch.zeros_like(out)
     computed = _paged_attention_backward(
-        dout.contiguous(), dlse, out, lse, *inputs, needs=needs, **ctx.options
+        dout.contiguous(), _contiguous(dlse), out, lse, *inputs, needs=needs, **ctx.options
     )
     for bit, i in enumerate(differentiable):
         if ctx.needs_input_grad[i]:
@@ -246,7 +250,7 @@ def _merge_states_grad(ctx, dout, dlse):
     if dout is None and dlse is None:
         return None, None
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
-    douts, dlses = _merge_states_backward(dout, dlse, out, lse, outs, lses)
+    douts, dlses = _merge_states_backward(dout, _contiguous(dlse), out, lse, outs, lses)
     needs = ctx.needs_input_grad
     return (douts if needs[0] else None, dlses if needs[1] else None)
 

@@ -1,0 +1,377 @@
+"""What memkernels is for, in two parts: ``python -m memkernels demo``.
+
+1. A table of the ops, against float64, against what this machine can do, and against torch.
+2. A byte-level transformer trained on Python's own documentation with `paged_attention` in forward
+   and backward, then served from a `PagedKVCache`, and timed beside the same model on torch.
+
+`Transformer` and the three attention functions after it are the example to start from: one model
+trains on packed sequences, decodes from pages, or runs on torch, by the function it is given.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import memkernels
+from memkernels import demo_ops
+from memkernels.nn import PagedKVCache, Step
+
+try:
+    import matplotlib
+    from tqdm import tqdm
+except ImportError as error:
+    raise SystemExit(f'{error.name} is missing: pip install "memkernels[demo]"') from error
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+NUM_LAYERS = 4
+DIM = 256
+HIDDEN = 512
+NUM_HEADS = 8
+NUM_KV_HEADS = 2
+HEAD_DIM = 32
+PAGE_SIZE = 16
+
+PROMPTS = (
+    "The ",
+    "A class definition ",
+    "If an exception is raised in the ",
+    "When a function is called, the arguments are evaluated from left to right, and ",
+)
+
+# ---- the model -----------------------------------------------------------------------------------
+
+# attend(layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, Hq, D], for T packed tokens.
+Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class Block(nn.Module):
+    """Attention with grouped query heads, then a SwiGLU MLP; both behind an RMSNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(DIM)
+        self.qkv = nn.Linear(DIM, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM, bias=False)
+        self.attention_out = nn.Linear(NUM_HEADS * HEAD_DIM, DIM, bias=False)
+        self.mlp_norm = nn.RMSNorm(DIM)
+        self.mlp_in = nn.Linear(DIM, 2 * HIDDEN, bias=False)
+        self.mlp_out = nn.Linear(HIDDEN, DIM, bias=False)
+
+    def forward(self, x: Tensor, layer: int, rotation: tuple[Tensor, Tensor], attend: Attention):
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, HEAD_DIM))
+        q, k, v = qkv.split((NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS), dim=1)
+        attended = attend(layer, rotate(q, *rotation), rotate(k, *rotation), v)
+        x = x + self.attention_out(attended.flatten(1))
+        gate, up = self.mlp_in(self.mlp_norm(x)).chunk(2, dim=-1)
+        return x + self.mlp_out(F.silu(gate) * up)
+
+
+class Transformer(nn.Module):
+    """Logits of the next byte. Tokens of all sequences are packed in one dimension; what belongs
+    together is known to the attention function alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(256, DIM)
+        self.blocks = nn.ModuleList(Block() for _ in range(NUM_LAYERS))
+        self.norm = nn.RMSNorm(DIM)
+        self.head = nn.Linear(DIM, 256, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for block in self.blocks:  # each block begins as the identity
+            nn.init.zeros_(block.attention_out.weight)
+            nn.init.zeros_(block.mlp_out.weight)
+
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attention) -> Tensor:
+        """tokens ``[T]`` at positions ``[T]`` of their sequences -> ``[T, 256]``."""
+        frequencies = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+        angles = positions[:, None, None] * frequencies  # [T, 1, D / 2]
+        rotation = angles.cos(), angles.sin()
+        x = self.embedding(tokens)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, layer, rotation, attend)
+        return self.head(self.norm(x))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE (Su et al., 2021) of x ``[T, H, D]``."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+# ---- what attention can be -----------------------------------------------------------------------
+
+
+def packed_attention(cu_seqlens: Tensor) -> Attention:
+    """Whole sequences, packed: for training, and for anything without a cache."""
+
+    def attend(layer, q, k, v):
+        return memkernels.paged_attention(
+            q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens
+        )
+
+    return attend
+
+
+def cached_attention(cache: PagedKVCache, step: Step) -> Attention:
+    """New tokens of sequences in a cache: prefill and decoding alike."""
+
+    def attend(layer, q, k, v):
+        cache.append(layer, k, v, step)
+        return cache.attend(layer, q, step)
+
+    return attend
+
+
+def torch_attention(k_cache: Tensor, v_cache: Tensor, length: int) -> Attention:
+    """The peer: one new token each for sequences of equal length, in contiguous caches
+    ``[layers, B, Hkv, max_len, D]``. No mask, no padding, no copy: as good as plain torch gets."""
+
+    def attend(layer, q, k, v):
+        k_cache[layer, :, :, length] = k
+        v_cache[layer, :, :, length] = v
+        # The query heads of a group as rows: K and V are read once for all of them.
+        out = F.scaled_dot_product_attention(
+            q.unflatten(1, (NUM_KV_HEADS, -1)),
+            k_cache[layer, :, :, : length + 1],
+            v_cache[layer, :, :, : length + 1],
+        )
+        return out.flatten(1, 2)
+
+    return attend
+
+
+# ---- train ---------------------------------------------------------------------------------------
+
+
+def load_text() -> tuple[Tensor, Tensor]:
+    """Bytes of what Python's ``help()`` knows about the language, and a held-out sixteenth."""
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+    held_out = len(data) // 16
+    return data[:-held_out], data[-held_out:]
+
+
+def train(model: Transformer, steps: int, batch: int = 4, length: int = 256):
+    """Returns the loss of every step, and the held-out loss as (step, loss) pairs."""
+    data, held_out = load_text()
+    attend = packed_attention(torch.arange(0, batch * length + 1, length))
+    positions = torch.arange(length).repeat(batch)
+
+    def loss_on(text: Tensor, generator: torch.Generator) -> Tensor:
+        starts = torch.randint(len(text) - length, (batch, 1), generator=generator)
+        window = text[starts + torch.arange(length + 1)]
+        logits = model(window[:, :-1].flatten(), positions, attend)
+        return F.cross_entropy(logits, window[:, 1:].flatten())
+
+    @torch.no_grad()
+    def held_out_loss() -> float:
+        generator = torch.Generator().manual_seed(1)
+        return sum(loss_on(held_out, generator).item() for _ in range(8)) / 8
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
+    generator = torch.Generator().manual_seed(0)
+    losses, held_out_losses = [], [(0, held_out_loss())]
+    progress = tqdm(range(1, steps + 1), desc="train", unit="step")
+    for step in progress:
+        loss = loss_on(data, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if step % max(1, steps // 8) == 0:
+            held_out_losses.append((step, held_out_loss()))
+        progress.set_postfix(loss=f"{losses[-1]:.2f}", held_out=f"{held_out_losses[-1][1]:.2f}")
+    return losses, held_out_losses
+
+
+# ---- serve ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(model: Transformer, prompts: list[Tensor], count: int, temperature: float = 0.6):
+    """Continues prompts of different lengths side by side by count bytes each.
+
+    Returns:
+        The new tokens and the logits they were drawn from: ``[B, count]``, ``[B, count, 256]``.
+    """
+    capacity = sum(-(-(len(prompt) + count) // PAGE_SIZE) for prompt in prompts)  # pages
+    cache = PagedKVCache(
+        NUM_LAYERS, capacity, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, max_seqs=len(prompts)
+    )
+    ids = cache.allocate(len(prompts))
+    generator = torch.Generator().manual_seed(0)
+    drawn, logits = [], []
+    # The first step is the prefill: whole prompts. Each later one feeds a single token back.
+    tokens, step = torch.cat(prompts), cache.extend(ids, [len(prompt) for prompt in prompts])
+    while True:
+        out = model(tokens, step.positions, cached_attention(cache, step))
+        logits.append(out[step.cu_seqlens_q[1:] - 1])  # [B, 256], after each last token
+        weights = (logits[-1] / temperature).softmax(-1)
+        tokens = torch.multinomial(weights, 1, generator=generator)[:, 0]
+        drawn.append(tokens)
+        if len(drawn) == count:
+            break
+        step = cache.extend(ids)
+    cache.free(ids)
+    return torch.stack(drawn, 1), torch.stack(logits, 1)
+
+
+@torch.no_grad()
+def serve(model: Transformer, count: int) -> None:
+    prompts = [torch.tensor(list(prompt.encode())) for prompt in PROMPTS]
+    start = time.perf_counter()
+    drawn, logits = generate(model, prompts, count)
+    seconds = time.perf_counter() - start
+    for prompt, tokens in zip(PROMPTS, drawn, strict=True):
+        text = bytes(tokens.tolist()).decode(errors="replace")
+        text = f"{prompt}| {' '.join(text.split())}"
+        print(textwrap.fill(text, 96, initial_indent="  > ", subsequent_indent="    "))
+    print(f"  {drawn.numel() / seconds:.0f} tokens/s, {len(prompts)} sequences side by side")
+
+    worst = 0.0
+    for prompt, tokens, paged in zip(prompts, drawn, logits, strict=True):
+        whole = torch.cat((prompt, tokens[:-1]))
+        full = model(
+            whole, torch.arange(len(whole)), packed_attention(torch.tensor([0, len(whole)]))
+        )
+        worst = max(worst, (full[len(prompt) - 1 :] - paged).abs().max().item())
+    print(f"  paged decoding against full recomputation: logits differ by at most {worst:.1e}")
+
+
+# ---- race ----------------------------------------------------------------------------------------
+
+
+class Timed:
+    """An attention function that adds up the seconds spent in it."""
+
+    def __init__(self, attend: Attention):
+        self.attend = attend
+        self.seconds = 0.0
+
+    def __call__(self, *args) -> Tensor:
+        start = time.perf_counter()
+        out = self.attend(*args)
+        self.seconds += time.perf_counter() - start
+        return out
+
+
+@torch.no_grad()
+def race(model: Transformer, context: int, batch: int = 8, steps: int = 10):
+    """Decodes from caches that hold random keys and values of context tokens a sequence.
+
+    Returns:
+        (seconds, of which attention) of the best step on memkernels and on torch, and the largest
+        difference between their logits.
+    """
+    pages = -(-(context + steps) // PAGE_SIZE) * batch
+    cache = PagedKVCache(
+        NUM_LAYERS, pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, max_seqs=batch
+    )
+    ids = cache.allocate(batch)
+    for _ in range(0, context, PAGE_SIZE):  # side by side, so that their pages interleave
+        step = cache.extend(ids, PAGE_SIZE)
+
+    def fill(pool: Tensor) -> Tensor:
+        """Fills pages, and returns the same as ``[layers, B, Hkv, max_len, D]``."""
+        contiguous = torch.empty(NUM_LAYERS, batch, NUM_KV_HEADS, context + steps, HEAD_DIM)
+        for layer in range(NUM_LAYERS):
+            pool[layer].normal_()
+            rows = pool[layer, step.page_table].flatten(1, 2)  # [B, context, Hkv, D]
+            contiguous[layer, :, :, :context] = rows.transpose(1, 2)
+        return contiguous
+
+    k_cache, v_cache = fill(cache.k), fill(cache.v)
+    tokens = torch.arange(batch)
+
+    def memkernels_step(length: int):
+        step = cache.extend(ids)
+        attend = Timed(cached_attention(cache, step))
+        return model(tokens, step.positions, attend), attend.seconds
+
+    def torch_step(length: int):
+        attend = Timed(torch_attention(k_cache, v_cache, length))
+        return model(tokens, torch.full((batch,), length), attend), attend.seconds
+
+    best = {memkernels_step: (float("inf"),), torch_step: (float("inf"),)}
+    difference = 0.0
+    for length in range(context, context + steps):
+        logits = []
+        for decode in best:  # in turns, so that both see the same machine
+            start = time.perf_counter()
+            out, attention = decode(length)
+            best[decode] = min(best[decode], (time.perf_counter() - start, attention))
+            logits.append(out)
+        difference = max(difference, (logits[0] - logits[1]).abs().max().item())
+    return *best.values(), difference
+
+
+def race_all(model: Transformer, contexts: tuple[int, ...], batch: int = 8):
+    """Returns ``{engine: [(tokens/s, attention's share), ...]}``, one entry a context."""
+    print(f"  {'context':>9}{'memkernels':>22}{'torch':>22}{'ratio':>8}{'logits differ':>16}")
+    results: dict[str, list] = {"memkernels": [], "torch": []}
+    for context in contexts:
+        *best, difference = race(model, context, batch)
+        line = f"  {context:>9}"
+        for engine, (seconds, attention) in zip(results, best, strict=True):
+            results[engine].append((batch / seconds, attention / seconds))
+            line += f"{batch / seconds:>9.0f} ({attention / seconds:4.0%} att.)"
+        print(f"{line}{best[1][0] / best[0][0]:>7.2f}x{difference:>16.1e}")
+    return results
+
+
+# ---- the story -----------------------------------------------------------------------------------
+
+
+def draw(losses, held_out_losses, contexts, results, path: str) -> None:
+    figure, (loss, rate, share) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    loss.plot(range(1, len(losses) + 1), losses, color="0.75", label="training")
+    loss.plot(*zip(*held_out_losses, strict=True), "o-", color="C0", label="held out")
+    loss.set(title="Byte-level model, attention by memkernels", xlabel="step")
+    loss.set_ylabel("nats per byte")
+    places = torch.arange(len(contexts))
+    for shift, (engine, values) in zip((-0.2, 0.2), results.items(), strict=True):
+        rates, shares = zip(*values, strict=True)
+        bars = rate.bar(places + shift, rates, 0.4, label=engine)
+        rate.bar_label(bars, fmt="%.0f", fontsize=8)
+        bars = share.bar(places + shift, [100 * s for s in shares], 0.4, label=engine)
+        share.bar_label(bars, fmt="%.0f", fontsize=8)
+    rate.set(title="Decoding", ylabel="tokens/s")
+    share.set(title="Attention in a decoding step", ylabel="% of time", ylim=(0, 110))
+    for axes in rate, share:
+        axes.set(xlabel="context", xticks=places, xticklabels=contexts)
+    for axes in loss, rate, share:
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main(quick: bool = False, out: str = "memkernels_demo.png") -> None:
+    torch.manual_seed(0)
+    print(f"memkernels {memkernels.__version__}, torch {torch.__version__}, ", end="")
+    print(f"{torch.get_num_threads()} threads\n\n1. The ops\n")
+    demo_ops.table(quick)
+
+    model = Transformer()
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"\n2. A language model of {size / 1e6:.1f} M parameters on Python's documentation\n")
+    losses, held_out_losses = train(model, steps=20 if quick else 300)
+    print(f"  held-out loss {held_out_losses[-1][1]:.3f} nats per byte\n\nServing from pages\n")
+    serve(model, count=32 if quick else 200)
+
+    print("\nDecoding 8 sequences, tokens/s (best step; in brackets attention's share of it)\n")
+    contexts = (256, 1024) if quick else (1024, 4096, 16384)
+    results = race_all(model, contexts)
+    draw(losses, held_out_losses, contexts, results, out)
+    print(f"\nFigure: {out}")

@@ -1,0 +1,11 @@
+"""NumPy oracles of every op's forward: plain, slow, float64, and the meaning of record.
+
+One file a family. Each function takes the arguments of the public op as NumPy arrays, checks
+nothing, and returns every result. Tests hold every backend against these.
+"""
+
+from __future__ import annotations
+
+from memkernels.reference.attention import append_kv, merge_states, paged_attention
+
+__all__ = ["append_kv", "merge_states", "paged_attention"]

@@ -1,0 +1,196 @@
+"""Random inputs of the ops, shared by tests and benchmarks.
+
+What must not be read is poisoned: NaN in unused slots, nonsense in unused page table entries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from memkernels import reference
+
+POISON_PAGE = 2**31 - 1
+
+
+@dataclass
+class AttentionCase:
+    """Arguments of `memkernels.paged_attention`, by its names."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    page_table: Tensor | None = None
+    seq_lens: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    key_bias: Tensor | None = None
+    sink_logit: Tensor | None = None
+    options: dict = field(default_factory=dict)  # scale, causal, window, ...
+
+    def arguments(self) -> dict:
+        """Keyword arguments of the op."""
+        fields = (f.name for f in dataclasses.fields(self) if f.name != "options")
+        return {name: getattr(self, name) for name in fields} | self.options
+
+    def numpy(self) -> dict:
+        """Keyword arguments of the reference: float64 and integer arrays."""
+
+        def convert(value):
+            if not isinstance(value, Tensor):
+                return value
+            value = value.detach().contiguous()
+            return (value.double() if value.is_floating_point() else value).numpy()
+
+        return {name: convert(value) for name, value in self.arguments().items()}
+
+    def reference(self):
+        """The reference's (out, lse), float64 arrays."""
+        return reference.paged_attention(**self.numpy())
+
+    def tensors(self) -> dict:
+        """The floating tensors, which are the differentiable ones."""
+        arguments = self.arguments().items()
+        return {n: t for n, t in arguments if isinstance(t, Tensor) and t.is_floating_point()}
+
+    def replace(self, **changes) -> AttentionCase:
+        """A case with other fields or options."""
+        names = {f.name for f in dataclasses.fields(self)}
+        options = self.options | {n: v for n, v in changes.items() if n not in names}
+        fields = {n: v for n, v in changes.items() if n in names}
+        return dataclasses.replace(self, options=options, **fields)
+
+    def to(self, *args) -> AttentionCase:
+        """Floating tensors moved or converted, as by `Tensor.to`, with their own strides."""
+        return self.replace(**{name: t.to(*args) for name, t in self.tensors().items()})
+
+    def requires_grad(self) -> AttentionCase:
+        """Detached, with every floating tensor a leaf that requires grad."""
+        leaves = {name: t.detach().requires_grad_() for name, t in self.tensors().items()}
+        return self.replace(**leaves)
+
+    def select(self, b: int) -> AttentionCase:
+        """Sequence b alone."""
+        changes = {}
+        rows = slice(b, b + 1)
+        if self.cu_seqlens_q is not None:
+            offsets = self.cu_seqlens_q[b : b + 2]
+            rows = slice(*offsets.tolist())
+            changes["cu_seqlens_q"] = offsets - offsets[0]
+        changes["q"] = self.q[rows]
+        if self.seq_lens is not None:
+            changes["seq_lens"] = self.seq_lens[b : b + 1]
+        if self.page_table is not None:
+            changes["page_table"] = self.page_table[b : b + 1]
+        else:
+            tokens = slice(b, b + 1)
+            if self.cu_seqlens_k is not None:
+                offsets = self.cu_seqlens_k[b : b + 2]
+                tokens = slice(*offsets.tolist())
+                changes["cu_seqlens_k"] = offsets - offsets[0]
+            changes |= {"k_cache": self.k_cache[tokens], "v_cache": self.v_cache[tokens]}
+            if self.key_bias is not None:
+                changes["key_bias"] = self.key_bias[tokens]
+        return self.replace(**changes)
+
+
+def attention_case(
+    kind: str,
+    lengths: list[int],
+    queries: list[int] | None = None,
+    *,
+    heads: tuple[int, int] = (4, 2),
+    head_dims: tuple[int, int] = (64, 64),
+    page_size: int = 16,
+    layout: str = "NHD",
+    share_kv: bool = False,
+    absent_pages: float = 0.0,
+    key_bias: bool = False,
+    sink_logit: bool = False,
+    dtype: torch.dtype = torch.float32,
+    index_dtype: torch.dtype = torch.int32,
+    seed: int = 0,
+    **options,
+) -> AttentionCase:
+    """Random attention inputs.
+
+    Args:
+        kind: "paged" (a permuted page table), "contiguous" or "packed".
+        lengths: tokens of each sequence.
+        queries: queries of each sequence; None means one each and no cu_seqlens_q.
+        heads: (Hq, Hkv).
+        head_dims: (D, Dv).
+        layout: "NHD", or "HND" whose tokens are strided.
+        share_kv: V is a view of the first Dv columns of K.
+        absent_pages: the share of table entries that are -1.
+        key_bias, sink_logit: whether there are any; a tenth of the biases is -inf.
+        options: further keyword arguments of the op.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    num_heads, num_kv_heads = heads
+    batch = len(lengths)
+
+    page_table = seq_lens = cu_seqlens_k = None
+    if kind == "packed":
+        cu_seqlens_k = _offsets(lengths, index_dtype)
+        used = torch.ones(sum(lengths), dtype=torch.bool)
+    else:
+        seq_lens = torch.tensor(lengths, dtype=index_dtype)
+        if kind == "contiguous":
+            used = torch.arange(max(lengths, default=0) + 3) < seq_lens[:, None]
+        else:
+            page_table, used = _page_table(lengths, page_size, absent_pages, generator)
+            page_table = page_table.to(index_dtype)
+
+    def floats(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    def cached(*row_shape):
+        """``[*used.shape, Hkv, *row_shape]``, NaN where unused."""
+        heads_at = 1 if layout == "HND" else used.dim()
+        shape = list(used.shape)
+        shape.insert(heads_at, num_kv_heads)
+        cache = floats(*shape, *row_shape).movedim(heads_at, used.dim())
+        cache[~used] = torch.nan
+        return cache
+
+    k_cache = cached(head_dims[0])
+    bias = None
+    if key_bias:
+        bias = cached().to(torch.promote_types(dtype, torch.float32))
+        bias[torch.rand(bias.shape, generator=generator) < 0.1] = -torch.inf
+    return AttentionCase(
+        q=floats(batch if queries is None else sum(queries), num_heads, head_dims[0]),
+        k_cache=k_cache,
+        v_cache=k_cache[..., : head_dims[1]] if share_kv else cached(head_dims[1]),
+        page_table=page_table,
+        seq_lens=seq_lens,
+        cu_seqlens_q=None if queries is None else _offsets(queries, index_dtype),
+        cu_seqlens_k=cu_seqlens_k,
+        key_bias=bias,
+        sink_logit=floats(num_heads) if sink_logit else None,
+        options=options,
+    )
+
+
+def _page_table(lengths, page_size, absent_pages, generator):
+    """A permuted table ``[B, max_pages]`` and the used slots ``[num_pages, page_size]``."""
+    counts = [-(-length // page_size) for length in lengths]
+    num_pages = sum(counts) + 2
+    free = torch.randperm(num_pages, generator=generator)
+    table = torch.full((len(lengths), max(counts, default=0) + 1), POISON_PAGE)
+    used = torch.zeros(num_pages, page_size, dtype=torch.bool)
+    for row, count, length in zip(table, counts, lengths, strict=True):
+        pages, free = free[:count], free[count:]
+        used[pages] = (torch.arange(count * page_size) < length).view(count, page_size)
+        absent = torch.rand(count, generator=generator) < absent_pages
+        used[pages[absent]] = False
+        row[:count] = pages.masked_fill(absent, -1)
+    return table, used
+
+
+def _offsets(sizes, dtype):
+    return torch.tensor([0, *sizes]).cumsum(0).to(dtype)

@@ -1,0 +1,45 @@
+"""Options, profiles and the backends under test."""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+
+import hypothesis
+import pytest
+
+import memkernels
+from memkernels import fallback
+
+for name, max_examples in ("quick", 100), ("full", 3000):
+    hypothesis.settings.register_profile(
+        name, max_examples=max_examples, derandomize=True, deadline=None, database=None
+    )
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also run the wide sweeps")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full: a wide sweep, run with --full")
+    hypothesis.settings.load_profile("full" if config.getoption("--full") else "quick")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        for item in items:
+            if "full" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="a wide sweep: --full"))
+
+
+@pytest.fixture(scope="session", params=["native", "fallback"])
+def ops(request):
+    """Each backend with one signature: what it returns is always everything."""
+    if request.param == "fallback":
+        return fallback
+    return SimpleNamespace(
+        paged_attention=functools.partial(memkernels.paged_attention, return_lse=True),
+        merge_states=memkernels.merge_states,
+        append_kv=memkernels.append_kv,
+    )
