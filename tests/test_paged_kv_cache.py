@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -27,11 +28,8 @@ def tokens(n, dtype=torch.float32):
 
 def state(cache):
     """Everything the bookkeeping knows, on the host and on the device."""
-    pages = {seq_id: list(pages) for seq_id, pages in cache._pages.items()}
-    return (
-        (list(cache._free_pages), list(cache._free_ids), pages, dict(cache._lengths)),
-        (cache.page_table.tolist(), cache.seq_lens.tolist()),
-    )
+    host = cache._free_pages, cache._free_ids, cache._lengths, cache._table.tolist()
+    return copy.deepcopy((*host, cache.page_table.tolist(), cache.seq_lens.tolist()))
 
 
 def test_step():
@@ -222,6 +220,7 @@ def test_against_a_dict_of_lists(seed):
 
         used = sum(pages(len(values)) for values in model.values())
         assert cache.num_free_pages == num_pages - used
+        assert cache.page_table.tolist() == cache._table.tolist()
         assert cache.seq_lens.tolist() == [len(model.get(i, [])) for i in range(max_seqs)]
         for seq_id, values in model.items():
             row = cache.page_table[seq_id]

@@ -157,7 +157,7 @@ void append_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Te
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(memkernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(memkernels, m) {
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? page_table, "
       "Tensor? seq_lens, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? head_window, "

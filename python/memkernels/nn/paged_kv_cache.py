@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from operator import add, sub
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,8 +45,8 @@ class PagedKVCache:
             out = cache.attend(layer, q, step)      # [8, Hq, Dv]
         cache.free(ids)
 
-    Bookkeeping is done on the host and the tables are updated in place on the device, without
-    waiting for it. Pages and ids are handed out in an order that depends only on the calls made.
+    Bookkeeping is done on the host; the device's tables follow in place, and nothing waits for
+    them. Pages and ids are handed out in an order that depends only on the calls made.
     Serving only: nothing here is differentiable.
 
     Args:
@@ -101,20 +100,20 @@ class PagedKVCache:
 
         self.k = cache(head_dim)
         self.v = cache(head_dim if head_dim_v is None else head_dim_v)
-        table = max_seqs, self._pages_for(self.max_seq_len)
-        self.page_table = torch.empty(table, dtype=torch.int32, device=device)
+        self._table = np.empty((max_seqs, self._pages_for(self.max_seq_len)), dtype=np.int32)
+        self.page_table = torch.empty(self._table.shape, dtype=torch.int32, device=device)
         self.seq_lens = torch.empty(max_seqs, dtype=torch.int32, device=device)
         self.reset()
 
     def reset(self) -> None:
         """Frees every sequence; allocation starts over in its first order."""
+        self._table.fill(-1)
         self.page_table.fill_(-1)
         self.seq_lens.zero_()
         # Both are taken from the end, so the lowest first, and again in the order of their use.
         self._free_pages = list(reversed(range(self.k.shape[1])))
         self._free_ids = list(reversed(range(len(self.seq_lens))))
-        self._pages: dict[int, list[int]] = {}  # of each sequence in use
-        self._lengths: dict[int, int] = {}
+        self._lengths: dict[int, int] = {}  # of the sequences in use
 
     @property
     def num_free_pages(self) -> int:
@@ -129,10 +128,8 @@ class PagedKVCache:
         """Starts empty sequences and returns their ids, which are their rows of the page table."""
         free, total = len(self._free_ids), len(self.seq_lens)
         _check(num_seqs <= free, f"{num_seqs} sequences needed, {free} of {total} free")
-        ids = _take(self._free_ids, num_seqs)
-        for seq_id in ids:
-            self._pages[seq_id] = []
-            self._lengths[seq_id] = 0
+        ids = [self._free_ids.pop() for _ in range(num_seqs)]
+        self._lengths |= dict.fromkeys(ids, 0)
         return ids
 
     def extend(self, seq_ids: Sequence[int], num_tokens: int | Sequence[int] = 1) -> Step:
@@ -150,21 +147,18 @@ class PagedKVCache:
         lengths = [start + count for start, count in zip(starts, counts, strict=True)]
         longest, limit = max(lengths, default=0), self.max_seq_len
         _check(longest <= limit, f"a sequence would have {longest} tokens, max_seq_len is {limit}")
-        missing = [
-            self._pages_for(length) - len(self._pages[seq_id])
-            for seq_id, length in zip(seq_ids, lengths, strict=True)
-        ]
-        free, total = len(self._free_pages), self.k.shape[1]
-        _check(sum(missing) <= free, f"{sum(missing)} pages needed, {free} of {total} free")
+        held, needed = (list(map(self._pages_for, tokens)) for tokens in (starts, lengths))
+        new, free, total = sum(needed) - sum(held), len(self._free_pages), self.k.shape[1]
+        _check(new <= free, f"{new} pages needed, {free} of {total} free")
 
-        new_pages = []  # (row, column, page) of the table
-        for seq_id, length, n in zip(seq_ids, lengths, missing, strict=True):
-            pages = self._pages[seq_id]
-            for page in _take(self._free_pages, n):
-                new_pages.append((seq_id, len(pages), page))
-                pages.append(page)
-            self._lengths[seq_id] = length
-        return self._update_tables(seq_ids, starts, counts, new_pages, longest)
+        places = [  # (row, column) of each new page
+            (seq_id, column)
+            for seq_id, begin, end in zip(seq_ids, held, needed, strict=True)
+            for column in range(begin, end)
+        ]
+        self._set_pages(places, [self._free_pages.pop() for _ in places])
+        self._lengths.update(zip(seq_ids, lengths, strict=True))
+        return self._step(seq_ids, starts, counts)
 
     def append(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
         """Writes the keys ``[T, Hkv, D]`` and values ``[T, Hkv, Dv]`` of a step's new tokens."""
@@ -190,55 +184,55 @@ class PagedKVCache:
         """Ends sequences and returns their pages to the pool."""
         self._check_ids(seq_ids)
         for seq_id in reversed(seq_ids):
-            self._free_pages += reversed(self._pages.pop(seq_id))
+            pages = self._table[seq_id, : self._pages_for(self._lengths.pop(seq_id))]
+            self._free_pages += reversed(pages.tolist())
             self._free_ids.append(seq_id)
-            del self._lengths[seq_id]
-        rows = self._to_device(seq_ids)
+        self._table[list(seq_ids)] = -1
+        rows = self._to_device(np.array(seq_ids, dtype=np.int64))
         self.page_table.index_fill_(0, rows, -1)
         self.seq_lens.index_fill_(0, rows, 0)
 
-    def _update_tables(self, seq_ids, starts, counts, new_pages, max_seqlen) -> Step:
-        if new_pages:
-            rows, columns, pages = self._to_device(new_pages).T
-            self.page_table[rows, columns] = pages.int()
-        ends = list(accumulate(counts, initial=0))
-        lengths = map(add, starts, counts)
-        shifts = map(sub, starts, ends)  # from a token of the step to its position
-        rows, seq_lens, shift = self._to_device([list(seq_ids), list(lengths), list(shifts)])
-        self.seq_lens[rows] = seq_lens.int()
-        page_table = self.page_table[rows, : self._pages_for(max_seqlen)]
+    def _set_pages(self, places: list[tuple[int, int]], pages: list[int]) -> None:
+        if not places:
+            return
+        places, pages = np.array(places), np.array(pages, dtype=np.int32)
+        self._table[tuple(places.T)] = pages
+        self.page_table[tuple(self._to_device(places).T)] = self._to_device(pages)
 
-        cu_seqlens_q = self._to_device(ends)
-        token = torch.arange(ends[-1], device=rows.device)  # [T], as all below
-        owner = torch.searchsorted(cu_seqlens_q[1:], token, right=True)
-        position = token + shift[owner]
-        page = page_table[owner, position // self.page_size].long()
-        return Step(
-            page_table=page_table,
-            seq_lens=seq_lens.int(),
-            cu_seqlens_q=cu_seqlens_q.int(),
-            positions=position,
-            slot_mapping=page * self.page_size + position % self.page_size,
+    def _step(self, seq_ids, starts, counts) -> Step:
+        rows, start, count = np.array([seq_ids, starts, counts], dtype=np.int64)
+        seq_lens = start + count
+        max_seqlen = int(seq_lens.max(initial=0))
+        page_table = self._table[rows, : self._pages_for(max_seqlen)]
+        cu_seqlens_q = np.cumsum([0, *counts], dtype=np.int32)
+        token = np.arange(cu_seqlens_q[-1])  # [T], as all below
+        owner = np.repeat(np.arange(len(rows)), count)
+        position = token + (start - cu_seqlens_q[:-1])[owner]
+        page = page_table[owner, position // self.page_size].astype(np.int64)
+        step = Step(
+            page_table=self._to_device(page_table),
+            seq_lens=self._to_device(seq_lens.astype(np.int32)),
+            cu_seqlens_q=self._to_device(cu_seqlens_q),
+            positions=self._to_device(position),
+            slot_mapping=self._to_device(page * self.page_size + position % self.page_size),
             max_seqlen=max_seqlen,
         )
+        self.seq_lens[self._to_device(rows)] = step.seq_lens
+        return step
 
     def _check_ids(self, seq_ids: Sequence[int]) -> None:
         for seq_id in seq_ids:
-            _check(seq_id in self._pages, f"sequence {seq_id} is not in use")
+            _check(seq_id in self._lengths, f"sequence {seq_id} is not in use")
         _check(len(set(seq_ids)) == len(seq_ids), f"a sequence is given twice in {list(seq_ids)}")
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
-    def _to_device(self, numbers) -> Tensor:
-        device = self.page_table.device
-        numbers = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
-        return numbers.to(device, non_blocking=True)
-
-
-def _take(free: list[int], n: int) -> list[int]:
-    """The last n of a free list, last first."""
-    return [free.pop() for _ in range(n)]
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        tensor, device = torch.from_numpy(array), self.page_table.device
+        if device.type == "cuda":
+            tensor = tensor.pin_memory()  # else the copy would wait for the device
+        return tensor.to(device, non_blocking=True)
 
 
 def _check(ok: bool, message: str) -> None:

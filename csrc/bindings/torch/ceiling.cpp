@@ -1,0 +1,44 @@
+// Torch ops behind benchmarks: the limits of this machine, measured in the same process and run.
+#include "core/ceiling.h"
+
+#include <string>
+
+#include "bindings/torch/convert.h"
+#include "core/check.h"
+#include "core/memory.h"
+
+namespace memkernels::binding {
+
+namespace {
+
+double read_ceiling(const Tensor& t) {
+  return memkernels::read_ceiling(view("_read_ceiling", "tensor", t), cpu_context());
+}
+
+double fma_ceiling(const Tensor& like, int64_t rounds) {
+  const TensorView v = view("_fma_ceiling", "like", like);
+  check_floating("_fma_ceiling", "like", v);
+  return memkernels::flop_ceiling(v.dtype, rounds, cpu_context());
+}
+
+void advise_huge_pages(const Tensor& t) {
+  const TensorView v = view("_advise_huge_pages", "tensor", t);
+  check_contiguous("_advise_huge_pages", "tensor", v);
+  memkernels::advise_huge_pages(v.data, numel(v) * item_size(v.dtype));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(memkernels, m) {
+  m.def("_read_ceiling(Tensor tensor) -> float");
+  m.def("_fma_ceiling(Tensor like, int rounds) -> float");
+  m.def("_advise_huge_pages(Tensor tensor) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(memkernels, CPU, m) {
+  m.impl("_read_ceiling", TORCH_BOX(&read_ceiling));
+  m.impl("_fma_ceiling", TORCH_BOX(&fma_ceiling));
+  m.impl("_advise_huge_pages", TORCH_BOX(&advise_huge_pages));
+}
+
+}  // namespace memkernels::binding
