@@ -32,8 +32,9 @@ double multiply_adds(int64_t rounds, double* sink) {
   Vec<A> acc[kAccumulators];
   for (int i = 0; i < kAccumulators; ++i) acc[i] = splat(static_cast<A>(i));
   const typename M::Unit small = static_cast<typename M::Unit>(1e-3);
-  const Vec<A> values = splat(static_cast<A>(1e-3));
+  Vec<A> values = splat(static_cast<A>(1e-3));
   for (int64_t n = 0; n < rounds; ++n) {
+    MK_KEEP(values);  // else the product is computed once
 #pragma GCC unroll 16
     for (int i = 0; i < kAccumulators; ++i) {
       acc[i] = M::fma(small, values, acc[i]);
