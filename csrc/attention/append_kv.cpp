@@ -58,12 +58,12 @@ void copy_token(const TensorView& from, int64_t token, const TensorView& to, int
 void append_kv(const AppendKvArgs& a, const Context& ctx) {
   check_floating(kOp, "k_cache", a.k_cache);
   check(a.k_cache.ndim == 4, kOp, "k_cache must be [num_pages, page_size, Hkv, D], got ",
-        shape_text(a.k_cache));
+        shape_of(a.k_cache));
   check(a.v_cache.ndim == 4, kOp, "v_cache must be [num_pages, page_size, Hkv, Dv], got ",
-        shape_text(a.v_cache));
+        shape_of(a.v_cache));
   const int64_t* kc = a.k_cache.shape;
   check(a.v_cache.shape[0] == kc[0] && a.v_cache.shape[1] == kc[1] && a.v_cache.shape[2] == kc[2],
-        kOp, "v_cache ", shape_text(a.v_cache), " must match k_cache ", shape_text(a.k_cache),
+        kOp, "v_cache ", shape_of(a.v_cache), " must match k_cache ", shape_of(a.k_cache),
         " but for its last dimension");
   check_shape(kOp, "k", a.k, "[T, Hkv, D]", {-1, kc[2], kc[3]});
   check_shape(kOp, "v", a.v, "[T, Hkv, Dv]", {a.k.shape[0], kc[2], a.v_cache.shape[3]});

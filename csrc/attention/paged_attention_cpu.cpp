@@ -100,25 +100,13 @@ MK_INLINE void score_tile(const typename Math<T>::Unit* q, int64_t q_stride, con
   constexpr int K = kTileKeys<T, R>;
   Vec<A> acc[kLanes<A>] = {};
   const auto step = [&](int64_t d, bool whole) __attribute__((always_inline)) {
-    const auto dot = [&](const Chunk<T>& chunk, int r, int i) __attribute__((always_inline)) {
-      acc[r * K + i] = chunk.dot(Chunk<T>::q_at(q + r * q_stride, d), acc[r * K + i]);
-    };
-    if constexpr (R > K) {  // few keys: they stay in registers, each part of q is loaded once
-      Chunk<T> chunk[K];
 #pragma GCC unroll 16
-      for (int i = 0; i < K; ++i) chunk[i].read(k[i], d, dim, whole);
+    for (int i = 0; i < K; ++i) {
+      Chunk<T> chunk;
+      chunk.read(k[i], d, dim, whole);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-        for (int i = 0; i < K; ++i) dot(chunk[i], r, i);
-      }
-    } else {
-#pragma GCC unroll 16
-      for (int i = 0; i < K; ++i) {
-        Chunk<T> chunk;
-        chunk.read(k[i], d, dim, whole);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) dot(chunk, r, i);
+        acc[r * K + i] = chunk.dot(Chunk<T>::q_at(q + r * q_stride, d), acc[r * K + i]);
       }
     }
   };
@@ -132,7 +120,7 @@ MK_INLINE void score_tile(const typename Math<T>::Unit* q, int64_t q_stride, con
 }
 
 // Keys whose values are added in one go, so that accumulators are loaded and stored once for all.
-constexpr int kRunKeys = 8;
+constexpr int kRunKeys = 16;
 
 // out[r] += sum_i weights[r][i] v[i] for R rows and up to kRunKeys keys, C chunks of the head
 // dimension at a time so that there are enough independent sums.
@@ -343,8 +331,10 @@ struct Attend {
     // calls of it.
     MK_INLINE void prefetch(int64_t place, int64_t head) const {
       const char* at = row[place] + head * head_stride[place];
-#pragma GCC unroll 4
-      for (int64_t line = 0; line < line_bytes; line += 64) __builtin_prefetch(at + line);
+      for (int64_t line = 0; line < line_bytes; line += 128) {  // lines come in pairs
+        __builtin_prefetch(at + line);
+        __builtin_prefetch(at + line + 64);
+      }
     }
   };
 

@@ -90,7 +90,7 @@ void make_plan(const char* op, const PagedAttentionArgs& a, Plan& plan) {
                                : "[B, Lmax, Hkv, D]";
   const int kv_dims = packed ? 3 : 4;
   for (const auto& [arg, t] : {std::pair{"k_cache", &a.k_cache}, {"v_cache", &a.v_cache}}) {
-    check(t->ndim == kv_dims, op, arg, " must be ", layout, ", got ", shape_text(*t));
+    check(t->ndim == kv_dims, op, arg, " must be ", layout, ", got ", shape_of(*t));
     check_dtype(op, arg, *t, dtype);
     check_device(op, arg, *t, device);
     check_rows_contiguous(op, arg, *t);
@@ -99,8 +99,8 @@ void make_plan(const char* op, const PagedAttentionArgs& a, Plan& plan) {
   check(a.k_cache.shape[kv_dims - 1] == dim, op, "k_cache has head dim ",
         a.k_cache.shape[kv_dims - 1], ", q has ", dim);
   for (int i = 0; i + 1 < kv_dims; ++i) {
-    check(a.v_cache.shape[i] == a.k_cache.shape[i], op, "v_cache ", shape_text(a.v_cache),
-          " must match k_cache ", shape_text(a.k_cache), " but for its last dimension");
+    check(a.v_cache.shape[i] == a.k_cache.shape[i], op, "v_cache ", shape_of(a.v_cache),
+          " must match k_cache ", shape_of(a.k_cache), " but for its last dimension");
   }
   check(dim >= 1 && dim <= kMaxHeadDim, op, "q has head dim ", dim, ", supported: 1 to ",
         kMaxHeadDim);
@@ -115,21 +115,21 @@ void make_plan(const char* op, const PagedAttentionArgs& a, Plan& plan) {
   const char* source = given(a.cu_seqlens_q) ? "cu_seqlens_q" : "q";
   if (given(a.cu_seqlens_q)) {
     check(a.cu_seqlens_q.ndim == 1 && a.cu_seqlens_q.shape[0] >= 1, op,
-          "cu_seqlens_q must be [B + 1], got ", shape_text(a.cu_seqlens_q));
+          "cu_seqlens_q must be [B + 1], got ", shape_of(a.cu_seqlens_q));
     check_optional_index(op, "cu_seqlens_q", a.cu_seqlens_q, device);
     batch = a.cu_seqlens_q.shape[0] - 1;
     check_cumulative(op, "cu_seqlens_q", a.cu_seqlens_q, batch, "q", total_q);
   }
   if (paged) {
     check(a.page_table.ndim == 2, op, "page_table must be [B, max_pages], got ",
-          shape_text(a.page_table));
+          shape_of(a.page_table));
     check_optional_index(op, "page_table", a.page_table, device);
     check(a.page_table.shape[0] == batch, op, "page_table has ", a.page_table.shape[0],
           " rows, ", source, " implies ", batch, " sequences");
   } else if (packed) {
     check(a.cu_seqlens_k.ndim == 1 && a.cu_seqlens_k.shape[0] == batch + 1, op,
           "cu_seqlens_k must be [B + 1] with B = ", batch, " as ", source, " implies, got ",
-          shape_text(a.cu_seqlens_k));
+          shape_of(a.cu_seqlens_k));
     check_optional_index(op, "cu_seqlens_k", a.cu_seqlens_k, device);
     check_cumulative(op, "cu_seqlens_k", a.cu_seqlens_k, batch, "k_cache", a.k_cache.shape[0]);
   } else {
@@ -153,7 +153,7 @@ void make_plan(const char* op, const PagedAttentionArgs& a, Plan& plan) {
     bool same = a.key_bias.ndim == kv_dims - 1;
     for (int i = 0; same && i + 1 < kv_dims; ++i) same = a.key_bias.shape[i] == a.k_cache.shape[i];
     check(same, op, "key_bias must have k_cache's shape without its last dimension, got ",
-          shape_text(a.key_bias), " beside ", shape_text(a.k_cache));
+          shape_of(a.key_bias), " beside ", shape_of(a.k_cache));
     check_companion(op, "key_bias", a.key_bias, dtype);
     check_device(op, "key_bias", a.key_bias, device);
   }

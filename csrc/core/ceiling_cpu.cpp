@@ -30,6 +30,7 @@ double multiply_adds(int64_t rounds, double* sink) {
   using A = typename M::A;
   constexpr int kAccumulators = kTileRows * 2;
   Vec<A> acc[kAccumulators];
+#pragma GCC unroll 16
   for (int i = 0; i < kAccumulators; ++i) acc[i] = splat(static_cast<A>(i));
   const typename M::Unit small = static_cast<typename M::Unit>(1e-3);
   Vec<A> values = splat(static_cast<A>(1e-3));
@@ -41,6 +42,7 @@ double multiply_adds(int64_t rounds, double* sink) {
       MK_KEEP(acc[i]);
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < kAccumulators; ++i) *sink += sum<A>(acc[i]);
   return 2.0 * M::kElements * kLanes<A> * kAccumulators * static_cast<double>(rounds);
 }

@@ -34,22 +34,14 @@ int64_t numel(const TensorView& t) {
   return n;
 }
 
-namespace {
-
-std::string list_text(const int64_t* values, int n) {
-  std::ostringstream text;
-  text << '[';
-  for (int i = 0; i < n; ++i) {
-    text << (i ? ", " : "");
-    values[i] < 0 ? text << '*' : text << values[i];
+std::ostream& operator<<(std::ostream& out, Sizes sizes) {
+  out << '[';
+  for (int i = 0; i < sizes.count; ++i) {
+    out << (i ? ", " : "");
+    sizes.data[i] < 0 ? out << '*' : out << sizes.data[i];
   }
-  text << ']';
-  return text.str();
+  return out << ']';
 }
-
-}  // namespace
-
-std::string shape_text(const TensorView& t) { return list_text(t.shape, t.ndim); }
 
 void check_shape(const char* op, const char* arg, const TensorView& t, const char* meaning,
                  std::initializer_list<int64_t> expected) {
@@ -60,7 +52,7 @@ void check_shape(const char* op, const char* arg, const TensorView& t, const cha
     ++i;
   }
   check(ok, op, arg, " must be ", meaning, " = ",
-        list_text(expected.begin(), static_cast<int>(expected.size())), ", got ", shape_text(t));
+        Sizes{expected.begin(), static_cast<int>(expected.size())}, ", got ", shape_of(t));
 }
 
 void check_dtype(const char* op, const char* arg, const TensorView& t, Dtype expected) {
@@ -110,7 +102,7 @@ void set_scalar(const TensorView& t, int64_t offset, double x) {
 }
 
 void check_rows_contiguous(const char* op, const char* arg, const TensorView& t) {
-  check(t.shape[t.ndim - 1] <= 1 || t.stride[t.ndim - 1] == 1, op, arg,
+  check(t.shape[t.ndim - 1] <= 1 || t.stride[t.ndim - 1] == 1 || numel(t) == 0, op, arg,
         " must be contiguous in its last dimension, got stride ", t.stride[t.ndim - 1]);
 }
 

@@ -3,7 +3,6 @@
 
 #include <sstream>
 #include <stdexcept>
-#include <string>
 
 #include "core/tensor.h"
 
@@ -22,13 +21,22 @@ template <class... Parts>
   throw Error(text.str());
 }
 
+// The parts are written out only on failure, so they must cost nothing to pass.
 template <class... Parts>
-void check(bool ok, const char* op, const Parts&... parts) {
+inline void check(bool ok, const char* op, const Parts&... parts) {
   if (!ok) fail(op, parts...);
 }
 
 const char* name(Dtype dtype);
-std::string shape_text(const TensorView& t);
+
+// Prints as [2, 16, 8], with * for sizes below zero.
+struct Sizes {
+  const int64_t* data;
+  int count;
+};
+std::ostream& operator<<(std::ostream& out, Sizes sizes);
+inline Sizes shape_of(const TensorView& t) { return {t.shape, t.ndim}; }
+
 int64_t numel(const TensorView& t);
 int64_t item_size(Dtype dtype);
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _OLDEST_TORCH = (2, 10)
 
@@ -28,34 +29,36 @@ torch.ops.load_library(str(pathlib.Path(_C.__file__).parent / "memkernels_torch.
 # Python-side registrations (fake, autograd, autocast) live as long as this object.
 library = torch.library.Library("memkernels", "FRAGMENT")
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_grad_enabled = torch.is_grad_enabled
+_compiling = torch.compiler.is_compiling
+_transform = torch._C._functorch.peek_interpreter_stack
 
 
 def below_autograd(*tensors: Tensor | None) -> bool:
-    """True where a call may skip the autograd layer: nothing asks for a gradient and nothing is
-    tracing, so that all it would add is microseconds."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    """True where a call may skip the autograd layer: nothing asks for a gradient, and neither
+    the compiler nor a functorch transform nor forward mode is looking, so that all the layer
+    would add is microseconds."""
+    if _compiling() or _transform() is not None or forward_ad._current_level >= 0:
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    grad = torch.is_grad_enabled()
-    return all(
-        t is None or (type(t) in _PLAIN and not (grad and t.requires_grad)) for t in tensors
-    )
-
-
-def use_fallback(device: torch.device, op: str) -> bool:
-    """True where the plain torch implementation is to run: ``MEMKERNELS_BACKEND=torch``, or a
-    device for which this build has no kernel."""
-    backend = os.environ.get("MEMKERNELS_BACKEND", "native")
-    if backend not in ("native", "torch"):
-        raise RuntimeError(f"MEMKERNELS_BACKEND must be native or torch, got {backend!r}")
-    if backend == "torch":
+    if not _grad_enabled():
         return True
-    if device.type in ("cpu", "meta"):
+    return not any(t is not None and t.requires_grad for t in tensors)
+
+
+_BACKEND = os.environ.get("MEMKERNELS_BACKEND") or "native"
+if _BACKEND not in ("native", "torch"):
+    raise ImportError(f"MEMKERNELS_BACKEND must be native or torch, got {_BACKEND!r}")
+
+
+def use_fallback(t: Tensor, op: str) -> bool:
+    """True where the plain torch implementation is to run: with ``MEMKERNELS_BACKEND=torch``, or
+    on a device for which this build has no kernel."""
+    if _BACKEND == "torch":
+        return True
+    if t.is_cpu or t.is_meta:
         return False
     return not torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"memkernels::{op}", device.type.upper()
+        f"memkernels::{op}", t.device.type.upper()
     )
 
 
@@ -71,6 +74,11 @@ def no_gradient(op: str, tensors: dict[str, Tensor]) -> None:
             )
 
 
+def bump_versions(*tensors: Tensor) -> None:
+    """Tells autograd that the tensors were written; inference tensors keep no count."""
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
 def once_differentiable(op: str) -> None:
     """Makes differentiating ``{op}_backward`` an error instead of a silent constant."""
 
@@ -82,7 +90,8 @@ def once_differentiable(op: str) -> None:
 
 def in_place(op: str, mutated: tuple[str, ...]) -> None:
     """Gives a mutating op what autograd expects of one: an error where a gradient would be lost,
-    and a raised version counter, which tells it that saved tensors have changed."""
+    and a raised version counter, which tells it that saved tensors have changed. A caller that
+    is below_autograd may go past both and call bump_versions itself."""
     overload = getattr(torch.ops.memkernels, op).default
     names = [argument.name for argument in overload._schema.arguments]
     indices = [names.index(name) for name in mutated]
@@ -97,8 +106,7 @@ def in_place(op: str, mutated: tuple[str, ...]) -> None:
             result = overload.redispatch(
                 keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs
             )
-        for i in indices:
-            torch.autograd.graph.increment_version(args[i])
+        bump_versions(*(args[i] for i in indices))
         return result
 
     library.impl(op, autograd, "Autograd", with_keyset=True)

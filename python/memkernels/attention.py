@@ -14,6 +14,7 @@ from torch import Tensor
 from memkernels import _library, fallback
 
 _LN2 = math.log(2.0)
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 
 def paged_attention(
@@ -88,30 +89,36 @@ def paged_attention(
         RuntimeError: on any shape, dtype, stride, length or page index that contradicts the
             above, naming the argument; nothing has been computed then.
     """
-    head_window = window if isinstance(window, Tensor) else None
-    positional = (
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if _library.use_fallback(q, "paged_attention"):
+        out, lse = fallback.paged_attention(
+            q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            scale=scale, causal=causal, window=window, sink_tokens=sink_tokens, softcap=softcap,
+            key_bias=key_bias, sink_logit=sink_logit, max_seqlen=max_seqlen,
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
+    head_window = None
+    if isinstance(window, Tensor):
+        head_window, window = window, None
+    tensors = (
         q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, cu_seqlens_k, head_window,
         key_bias, sink_logit,
     )  # fmt: skip
-    options = {
-        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
-        "causal": causal,
-        "window": None if head_window is not None else window,
-        "sink_tokens": sink_tokens,
-        "softcap": softcap,
-        "max_seqlen": max_seqlen,
-    }
-    if _library.use_fallback(q.device, "paged_attention"):
+    options = {"scale": scale, "causal": causal}
+    if window is not None:
         options["window"] = window
-        tables, biases = positional[3:6], {"key_bias": key_bias, "sink_logit": sink_logit}
-        out, lse = fallback.paged_attention(
-            q, k_cache, v_cache, *tables, cu_seqlens_k=cu_seqlens_k, **options, **biases
-        )
-    elif _library.below_autograd(q, k_cache, v_cache, key_bias, sink_logit):
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = _paged_attention(*positional, **options)
+    if sink_tokens:
+        options["sink_tokens"] = sink_tokens
+    if softcap:
+        options["softcap"] = softcap
+    if max_seqlen is not None:
+        options["max_seqlen"] = max_seqlen
+    if _library.below_autograd(q, k_cache, v_cache, key_bias, sink_logit):
+        with _BelowAutograd():
+            out, lse = _paged_attention(*tensors, **options)
     else:
-        out, lse = _paged_attention(*positional, **options)
+        out, lse = _paged_attention(*tensors, **options)
     return (out, lse) if return_lse else out
 
 
@@ -131,10 +138,10 @@ def merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
     Differentiable once in both arguments. Raises RuntimeError on mismatched shapes or dtypes.
     """
-    if _library.use_fallback(outs.device, "merge_states"):
+    if _library.use_fallback(outs, "merge_states"):
         return fallback.merge_states(outs, lses)
     if _library.below_autograd(outs, lses):
-        with torch._C._AutoDispatchBelowAutograd():
+        with _BelowAutograd():
             return _merge_states(outs, lses)
     return _merge_states(outs, lses)
 
@@ -154,11 +161,15 @@ def append_kv(
     any tensor requires grad; the caches are unchanged then.
     """
     tensors = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
-    if _library.use_fallback(k.device, "append_kv"):
+    if _library.use_fallback(k, "append_kv"):
         _library.no_gradient("append_kv", tensors)
         fallback.append_kv(k, v, k_cache, v_cache, slot_mapping)
-        return
-    _append_kv(k, v, k_cache, v_cache, slot_mapping)
+    elif _library.below_autograd(*tensors.values()):
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            _append_kv(k, v, k_cache, v_cache, slot_mapping)
+        _library.bump_versions(k_cache, v_cache)
+    else:
+        _append_kv(k, v, k_cache, v_cache, slot_mapping)
 
 
 def lse_to_log2(lse: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +11,7 @@ from torch import Tensor
 
 import memkernels
 from memkernels import fallback
+from memkernels._measure import flops_limit, interleaved, read_limit
 
 PAGE_SIZE = 16
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
@@ -29,38 +28,6 @@ class Case:
     work: float  # bytes moved or floating-point operations
     unit: str  # GB/s or GFLOP/s
     limit: float  # of work a second
-
-
-def best_times(*functions: Callable, seconds: float = 0.3) -> list[float]:
-    """Shortest run of each, called in turns so that all see the same machine."""
-    best = [math.inf] * len(functions)
-    end = time.perf_counter() + seconds
-    while math.inf in best or time.perf_counter() < end:
-        for i, function in enumerate(functions):
-            start = time.perf_counter()
-            function()
-            best[i] = min(best[i], time.perf_counter() - start)
-    return best
-
-
-# ---- limits --------------------------------------------------------------------------------------
-
-
-def read_limit() -> float:
-    """Bytes a second at which all cores together stream memory."""
-    data = torch.ones(64 << 20)  # 256 MiB
-    return data.nbytes / best_times(lambda: torch.ops.memkernels._read_ceiling(data))[0]
-
-
-def flops_limit(dtype: str) -> float:
-    """Floating-point operations a second of all cores on registers alone."""
-    name, iterations, seconds = str(DTYPES[dtype]).removeprefix("torch."), 1 << 14, 0.0
-    while seconds < 0.02:
-        iterations *= 4
-        start = time.perf_counter()
-        flops = torch.ops.memkernels._fma_ceiling(name, iterations)
-        seconds = time.perf_counter() - start
-    return flops / best_times(lambda: torch.ops.memkernels._fma_ceiling(name, iterations))[0]
 
 
 # ---- cases ---------------------------------------------------------------------------------------
@@ -195,8 +162,8 @@ def error(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
 
 
 def table(quick: bool = False) -> None:
-    bandwidth = read_limit()
-    flops = {dtype: flops_limit(dtype) for dtype in DTYPES}
+    bandwidth = read_limit(256)
+    flops = {name: flops_limit(dtype) for name, dtype in DTYPES.items()}
     print(f"  limits of this machine: reading {bandwidth / 1e9:.1f} GB/s", end="")
     for dtype, limit in flops.items():
         print(f", {dtype} {limit / 1e9:.0f} GFLOP/s", end="")
@@ -211,7 +178,7 @@ def table(quick: bool = False) -> None:
     for make in cases:
         case = make()
         ours_error, peer_error = (error(run(), case.exact) for run in (case.ours, case.peer))
-        ours, peer = best_times(case.ours, case.peer)
+        ours, peer = (times.minimum for times in interleaved(case.ours, case.peer))
         rate = case.work / ours
         print(
             f"  {case.op:<25}{case.dtype:<5}{case.shape:<27}{ours_error:>6.0e}{peer_error:>7.0e}"

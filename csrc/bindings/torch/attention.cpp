@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> paged_attention(
   PagedAttentionArgs a = paged_attention_args(
       op, q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, cu_seqlens_k, head_window,
       key_bias, sink_logit, scale, causal, window, sink_tokens, softcap, max_seqlen);
-  check(a.q.ndim == 3, op, "q must be [total_q, Hq, D], got ", shape_text(a.q));
+  check(a.q.ndim == 3, op, "q must be [total_q, Hq, D], got ", shape_of(a.q));
   check(a.v_cache.ndim >= 1, op, "v_cache must have a head dimension");
   check_floating(op, "q", a.q);
   Tensor out = empty({a.q.shape[0], a.q.shape[1], a.v_cache.shape[a.v_cache.ndim - 1]}, a.q.dtype);
@@ -108,8 +108,8 @@ attention::MergeStatesArgs merge_states_args(const char* op, const Tensor& outs,
   attention::MergeStatesArgs a;
   a.outs = view(op, "outs", outs);
   a.lses = view(op, "lses", lses);
-  check(a.outs.ndim == 4, op, "outs must be [n, T, H, D], got ", shape_text(a.outs));
-  check(a.lses.ndim == 3, op, "lses must be [n, T, H], got ", shape_text(a.lses));
+  check(a.outs.ndim == 4, op, "outs must be [n, T, H, D], got ", shape_of(a.outs));
+  check(a.lses.ndim == 3, op, "lses must be [n, T, H], got ", shape_of(a.lses));
   return a;
 }
 

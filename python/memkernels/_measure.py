@@ -1,0 +1,52 @@
+"""Timing and this machine's limits, for the demo and the benchmarks."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Times:
+    """Seconds a call."""
+
+    minimum: float
+    median: float
+
+
+def interleaved(*functions: Callable, seconds: float = 0.3, least: int = 1) -> list[Times]:
+    """Times the functions in turns, so that all see the same machine, for that long altogether
+    and at least `least` rounds; a first round is not counted."""
+    runs: list[list[float]] = [[] for _ in functions]
+    for function in functions:
+        function()
+    end = time.perf_counter() + seconds
+    while len(runs[0]) < least or time.perf_counter() < end:
+        for function, times in zip(functions, runs, strict=True):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+    return [Times(min(times), statistics.median(times)) for times in runs]
+
+
+def read_limit(megabytes: int = 512) -> float:
+    """Bytes a second at which all cores together stream memory."""
+    data = torch.ones(megabytes << 18)
+    return data.nbytes / interleaved(lambda: torch.ops.memkernels._read_ceiling(data))[0].minimum
+
+
+def flops_limit(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of all cores on registers alone, in the arithmetic that
+    kernels use for the dtype here."""
+    like, rounds, seconds = torch.empty(0, dtype=dtype), 1 << 14, 0.0
+    while seconds < 0.02:
+        rounds *= 4
+        start = time.perf_counter()
+        flops = torch.ops.memkernels._fma_ceiling(like, rounds)
+        seconds = time.perf_counter() - start
+    run = interleaved(lambda: torch.ops.memkernels._fma_ceiling(like, rounds))[0]
+    return flops / run.minimum
