@@ -30,7 +30,10 @@ def decode(
     token_bytes = 2 * num_kv_heads * HEAD_DIM * dtype.itemsize
     sets = -(-(megabytes << 20) // (batch * pages * page_size * token_bytes))
     shape = sets * batch * pages, page_size, num_kv_heads, HEAD_DIM
-    k, v = (torch.empty(shape, dtype=dtype).normal_() for _ in range(2))
+    k, v = (torch.empty(shape, dtype=dtype) for _ in range(2))
+    for cache in k, v:
+        torch.ops.memkernels._advise_huge_pages(cache)  # as PagedKVCache does
+        cache.normal_()
     q = torch.randn(batch, num_heads, HEAD_DIM).to(dtype)
     tables = torch.randperm(shape[0], dtype=torch.int32).view(sets, batch, pages)
     seq_lens = torch.full((batch,), length, dtype=torch.int32)

@@ -122,16 +122,21 @@ MK_INLINE void score_tile(const typename Math<T>::Unit* q, int64_t q_stride, con
 // Keys whose values are added in one go, so that accumulators are loaded and stored once for all.
 constexpr int kRunKeys = 16;
 
-// out[r] += sum_i weights[r][i] v[i] for R rows and up to kRunKeys keys, C chunks of the head
-// dimension at a time so that there are enough independent sums.
-template <class T, int R>
+// Chunks of the head dimension a pass over those keys takes.
+template <int R>
+constexpr int kPassChunks = R == 1 ? 4 : R == 2 ? 2 : 1;
+
+// out[r] += sum_i weights[r][i] v[i] for R rows and up to kRunKeys keys, several chunks of the
+// head dimension at a time so that there are enough independent sums. Calls before_pass() ahead of each.
+template <class T, int R, class BeforePass>
 MK_INLINE void add_values(const Acc<T>* weights, const T* const* v, int count, int64_t dim,
-                          Acc<T>* out, int64_t out_stride) {
+                          Acc<T>* out, int64_t out_stride, const BeforePass& before_pass) {
   using A = Acc<T>;
   constexpr int W = kLanes<A>;
-  constexpr int C = R == 1 ? 4 : R == 2 ? 2 : 1;
+  constexpr int C = kPassChunks<R>;
   const auto chunks = [&](int64_t d, auto num_chunks, bool whole) __attribute__((always_inline)) {
     constexpr int N = decltype(num_chunks)::value;
+    before_pass();
     Vec<A> acc[R][N][2];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -320,20 +325,29 @@ struct Attend {
     if (rescale != 1) scale_row(s.out + row * pad.dim_v, pad.dim_v, rescale);
   }
 
-  // The rows of K and V in the order in which they are read: the block's keys, its values, the
-  // next block's keys.
+  // The rows of K and V in the order in which they are read (the block's keys, its values, the next
+  // block's keys), and how far they have been asked for. Within a token it goes from head to head,
+  // which is the order of addresses in an NHD cache whatever the order of the arithmetic: only then
+  // does the hardware's own prefetching join in.
   struct Upcoming {
     const char* row[3 * kBlockKeys];
     int64_t head_stride[3 * kBlockKeys];  // bytes
-    int64_t line_bytes;
+    int64_t line_bytes, h0, h1;
+    int64_t place, head;
 
     // Inlined by force: GCC takes a function that only prefetches to be without effect, and drops
     // calls of it.
-    MK_INLINE void prefetch(int64_t place, int64_t head) const {
-      const char* at = row[place] + head * head_stride[place];
-      for (int64_t line = 0; line < line_bytes; line += 128) {  // lines come in pairs
-        __builtin_prefetch(at + line);
-        __builtin_prefetch(at + line + 64);
+    MK_INLINE void prefetch(int count) {
+      for (int n = 0; n < count; ++n) {
+        const char* at = row[place] + head * head_stride[place];
+        for (int64_t line = 0; line < line_bytes; line += 128) {  // lines come in pairs
+          __builtin_prefetch(at + line);
+          __builtin_prefetch(at + line + 64);
+        }
+        if (++head == h1) {
+          head = h0;
+          ++place;
+        }
       }
     }
   };
@@ -356,12 +370,15 @@ struct Attend {
       out.head_stride[n] = 0;
     }
     out.line_bytes = (p.dim < p.dim_v ? p.dim : p.dim_v) * sizeof(T);
+    out.h0 = out.head = h0;
+    out.h1 = h1;
+    out.place = ahead;
     return out;
   }
 
   // Token by token through all heads of the task, in the order in which they lie in an NHD cache.
   template <int R>
-  void few_rows(const KeyBlock<T>& block, const Upcoming& upcoming, int64_t r0) {
+  void few_rows(const KeyBlock<T>& block, Upcoming upcoming, int64_t r0) {
     constexpr int K = kTileKeys<T, R>;
     const int64_t heads = h1 - h0;
     const int64_t q_size = padded_rows * pad.dim;
@@ -372,10 +389,8 @@ struct Attend {
       for (int64_t h = 0; h < heads; ++h) {
         const T* k[K];
 #pragma GCC unroll 16
-        for (int i = 0; i < K; ++i) {
-          k[i] = row_of(block.k[j + i], p.k, h);
-          upcoming.prefetch(j + i + ahead, h0 + h);
-        }
+        for (int i = 0; i < K; ++i) k[i] = row_of(block.k[j + i], p.k, h);
+        upcoming.prefetch(K);
         score_tile<T, R>(s.q + h * q_size + r0 * q_stride, q_stride, k, p.dim,
                          s.scores + h * kFewRows * kBlockKeys + j);
       }
@@ -392,16 +407,24 @@ struct Attend {
         softmax_row(block, has_addend ? addends : nullptr, masked, h, r0 + r, row);
       }
     }
+    const int passes = static_cast<int>(pad.dim_v / (kPassChunks<R> * kPair<T>));
+    const int per_pass = passes > 1 ? (kRunKeys + passes - 1) / passes : kRunKeys;
     for (int64_t j = 0; j < block.count; j += kRunKeys) {
       const int run = static_cast<int>(block.count - j < kRunKeys ? block.count - j : kRunKeys);
       for (int64_t h = 0; h < heads; ++h) {
         const T* v[kRunKeys];
         for (int i = 0; i < run; ++i) {
           v[i] = block.hidden(p, j + i, h0 + h) ? s.zeros : row_of(block.v[j + i], p.v, h);
-          upcoming.prefetch(block.count + j + i + ahead, h0 + h);
         }
+        // Spread over the passes: a burst of prefetches would stall until memory has answered.
+        int left = run;
+        const auto prefetch_some = [&]() __attribute__((always_inline)) {
+          const int count = left < per_pass ? left : per_pass;
+          upcoming.prefetch(count);
+          left -= count;
+        };
         add_values<T, R>(s.scores + h * kFewRows * kBlockKeys + j, v, run, p.dim_v,
-                         s.out + (h * padded_rows + r0) * pad.dim_v, pad.dim_v);
+                         s.out + (h * padded_rows + r0) * pad.dim_v, pad.dim_v, prefetch_some);
       }
     }
   }

@@ -35,7 +35,9 @@ def interleaved(*functions: Callable, seconds: float = 0.3, least: int = 1) -> l
 
 def read_limit(megabytes: int = 512) -> float:
     """Bytes a second at which all cores together stream memory."""
-    data = torch.ones(megabytes << 18)
+    data = torch.empty(megabytes << 18)
+    torch.ops.memkernels._advise_huge_pages(data)
+    data.fill_(1.0)
     return data.nbytes / interleaved(lambda: torch.ops.memkernels._read_ceiling(data))[0].minimum
 
 
