@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-import peers
 import torch
-from case import Case, short
 
 import memkernels
+import peers
+from case import Case, short
 
 HEAD_DIM = 128
 

@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 
 import torch
-from case import Case
 
 import memkernels
+from case import Case
 from memkernels import _C, _measure
 
 FAMILIES = ("attention",)
@@ -52,9 +52,7 @@ def machine() -> dict:
 
 
 def measure(case: Case, ceilings: dict[str, float], seconds: float) -> dict:
-    ours, *others = _measure.interleaved(
-        case.ours, *case.peers.values(), seconds=seconds, least=3
-    )
+    ours, *others = _measure.interleaved(case.ours, *case.peers.values(), seconds=seconds, least=3)
     rate = case.work / ours.minimum
     record = {
         "case": case.name,

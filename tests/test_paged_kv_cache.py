@@ -206,7 +206,7 @@ def test_against_a_dict_of_lists(seed):
             too_long = any(length > 6 * page_size for length in lengths.values())
             if too_long or sum(map(pages, lengths.values())) > num_pages:
                 before = state(cache)
-                with pytest.raises(RuntimeError, match="max_seq_len|pages needed"):
+                with pytest.raises(RuntimeError, match=r"max_seq_len|pages needed"):
                     cache.extend(chosen, counts)
                 assert state(cache) == before
                 continue

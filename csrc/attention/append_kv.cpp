@@ -69,8 +69,8 @@ void append_kv(const AppendKvArgs& a, const Context& ctx) {
   check_shape(kOp, "v", a.v, "[T, Hkv, Dv]", {a.k.shape[0], kc[2], a.v_cache.shape[3]});
   check_shape(kOp, "slot_mapping", a.slot_mapping, "[T]", {a.k.shape[0]});
   check_index(kOp, "slot_mapping", a.slot_mapping);
-  for (const auto& [arg, t] : {std::pair{"k", &a.k}, {"v", &a.v}, {"k_cache", &a.k_cache},
-                               {"v_cache", &a.v_cache}}) {
+  for (const auto& [arg, t] :
+       {std::pair{"k", &a.k}, {"v", &a.v}, {"k_cache", &a.k_cache}, {"v_cache", &a.v_cache}}) {
     check_dtype(kOp, arg, *t, a.k_cache.dtype);
     check_rows_contiguous(kOp, arg, *t);
     check_device(kOp, arg, *t, a.k.device);

@@ -32,10 +32,14 @@ struct Arena {
 
 MK_INLINE double scalar(const Rows& rows, int64_t offset) {
   switch (rows.dtype) {
-    case Dtype::f64: return reinterpret_cast<const double*>(rows.data)[offset];
-    case Dtype::f32: return reinterpret_cast<const float*>(rows.data)[offset];
-    case Dtype::bf16: return to_acc(reinterpret_cast<const bf16*>(rows.data)[offset]);
-    default: return to_acc(reinterpret_cast<const f16*>(rows.data)[offset]);
+    case Dtype::f64:
+      return reinterpret_cast<const double*>(rows.data)[offset];
+    case Dtype::f32:
+      return reinterpret_cast<const float*>(rows.data)[offset];
+    case Dtype::bf16:
+      return to_acc(reinterpret_cast<const bf16*>(rows.data)[offset]);
+    default:
+      return to_acc(reinterpret_cast<const f16*>(rows.data)[offset]);
   }
 }
 

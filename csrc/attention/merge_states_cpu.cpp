@@ -21,9 +21,9 @@ struct Merge {
 
   static A part_lse(const MergeStatesArgs& a, int64_t n, int64_t row) {
     const int64_t heads = a.lses.shape[2];
-    return static_cast<const A*>(a.lses.data)[n * a.lses.stride[0] +
-                                              row / heads * a.lses.stride[1] +
-                                              row % heads * a.lses.stride[2]];
+    return static_cast<const A*>(
+        a.lses.data)[n * a.lses.stride[0] + row / heads * a.lses.stride[1] +
+                     row % heads * a.lses.stride[2]];
   }
 
   static void load_part(const T* row, int64_t d, int64_t dim, Vec<A>& x, Vec<A>& y) {
@@ -125,12 +125,16 @@ namespace cpu::MEMKERNELS_ISA {
 
 MergeKernel merge_kernel(Dtype dtype) {
   switch (dtype) {
-    case Dtype::bf16: return kernel_for<bf16>();
-    case Dtype::f16: return kernel_for<f16>();
+    case Dtype::bf16:
+      return kernel_for<bf16>();
+    case Dtype::f16:
+      return kernel_for<f16>();
 #if defined(MEMKERNELS_BASELINE)
-    case Dtype::f64: return kernel_for<double>();
+    case Dtype::f64:
+      return kernel_for<double>();
 #endif
-    default: return kernel_for<float>();
+    default:
+      return kernel_for<float>();
   }
 }
 

@@ -32,8 +32,8 @@ std::vector<SequenceTasks> cut(const Problem& p, int64_t workers, ForwardJob& jo
     t.block_queries = std::max<int64_t>(1, kBlockRows / p.group);
     t.num_blocks = (s.num_q + t.block_queries - 1) / t.block_queries;
     t.split_len = split_length(s.kv_len);
-    t.num_splits = t.num_blocks == 1 ? std::max<int64_t>(1, (s.kv_len + t.split_len - 1) / t.split_len)
-                                     : 1;
+    t.num_splits =
+        t.num_blocks == 1 ? std::max<int64_t>(1, (s.kv_len + t.split_len - 1) / t.split_len) : 1;
     parts += t.num_blocks * t.num_splits;
   }
   // Heads of one token lie side by side (NHD) or apart (HND). Side by side, a task takes several,

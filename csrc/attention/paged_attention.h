@@ -7,25 +7,25 @@
 namespace memkernels::attention {
 
 struct PagedAttentionArgs {
-  TensorView q;              // [total_q, Hq, D]
-  TensorView k_cache;        // [num_pages, page_size, Hkv, D]
-                             //   or [B, Lmax, Hkv, D] (no page_table), [total_k, Hkv, D] (packed)
-  TensorView v_cache;        // the same with Dv
-  TensorView page_table;     // [B, max_pages] or absent
-  TensorView seq_lens;       // [B]; absent: Lmax, or from cu_seqlens_k
-  TensorView cu_seqlens_q;   // [B + 1]; absent: one query a sequence
-  TensorView cu_seqlens_k;   // [B + 1]: packed K and V
-  TensorView head_window;    // [Hkv] or absent
-  TensorView key_bias;       // k_cache's shape without D, or absent
-  TensorView sink_logit;     // [Hq] or absent
+  TensorView q;             // [total_q, Hq, D]
+  TensorView k_cache;       // [num_pages, page_size, Hkv, D]
+                            //   or [B, Lmax, Hkv, D] (no page_table), [total_k, Hkv, D] (packed)
+  TensorView v_cache;       // the same with Dv
+  TensorView page_table;    // [B, max_pages] or absent
+  TensorView seq_lens;      // [B]; absent: Lmax, or from cu_seqlens_k
+  TensorView cu_seqlens_q;  // [B + 1]; absent: one query a sequence
+  TensorView cu_seqlens_k;  // [B + 1]: packed K and V
+  TensorView head_window;   // [Hkv] or absent
+  TensorView key_bias;      // k_cache's shape without D, or absent
+  TensorView sink_logit;    // [Hq] or absent
   double scale = 1.0;
   bool causal = true;
-  int64_t window = -1;       // -1: none
+  int64_t window = -1;  // -1: none
   int64_t sink_tokens = 0;
-  double softcap = 0.0;      // 0: none
-  int64_t max_seqlen = -1;   // -1: not given
-  TensorView out;            // [total_q, Hq, Dv]
-  TensorView lse;            // [total_q, Hq]
+  double softcap = 0.0;     // 0: none
+  int64_t max_seqlen = -1;  // -1: not given
+  TensorView out;           // [total_q, Hq, Dv]
+  TensorView lse;           // [total_q, Hq]
 };
 
 void paged_attention(const PagedAttentionArgs& args, const Context& ctx);

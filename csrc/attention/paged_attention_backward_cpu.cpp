@@ -4,8 +4,8 @@
 //
 // Cost: five products of (queries x visible keys x head dim). A task keeps the gradients of a block
 // of keys in cache while it goes through the queries that see it; K and V are packed once a block.
-#include "attention/block_cpu.h"
 #include "attention/paged_attention_backward_cpu.h"
+#include "attention/block_cpu.h"
 
 namespace memkernels::attention {
 namespace {
@@ -17,13 +17,13 @@ template <class T>
 struct Scratch {
   using A = Acc<T>;
   using Unit = typename Math<T>::Unit;
-  Unit *k_cols, *v_cols, *k_rows;          // panels of a key block: K^T, V^T, K
-  Unit *q, *dout, *q_rows, *dout_rows;     // of a query block: as A, and as panels
-  A *p, *ds;                               // [block_rows][kBlockKeys]
-  Unit *p_cols, *ds_cols, *ds_rows;        // the same as operands
-  A *dk, *dv;                              // [kKeyRows][dim]
-  A* dbias;                                // [kBlockKeys]
-  const T **q_pointers, **dout_pointers;   // [block_rows]
+  Unit *k_cols, *v_cols, *k_rows;         // panels of a key block: K^T, V^T, K
+  Unit *q, *dout, *q_rows, *dout_rows;    // of a query block: as A, and as panels
+  A *p, *ds;                              // [block_rows][kBlockKeys]
+  Unit *p_cols, *ds_cols, *ds_rows;       // the same as operands
+  A *dk, *dv;                             // [kKeyRows][dim]
+  A* dbias;                               // [kBlockKeys]
+  const T **q_pointers, **dout_pointers;  // [block_rows]
   size_t bytes;
 
   Scratch(const Problem& problem, int64_t rows, void* base) {
@@ -58,12 +58,17 @@ MK_INLINE void add_row(A* into, const A* from, int64_t n) {
 
 MK_INLINE void store_scalar(const Rows& rows, int64_t offset, double x) {
   switch (rows.dtype) {
-    case Dtype::f64: reinterpret_cast<double*>(rows.data)[offset] = x; break;
-    case Dtype::f32: reinterpret_cast<float*>(rows.data)[offset] = static_cast<float>(x); break;
+    case Dtype::f64:
+      reinterpret_cast<double*>(rows.data)[offset] = x;
+      break;
+    case Dtype::f32:
+      reinterpret_cast<float*>(rows.data)[offset] = static_cast<float>(x);
+      break;
     case Dtype::bf16:
       reinterpret_cast<bf16*>(rows.data)[offset] = from_acc<bf16>(static_cast<float>(x));
       break;
-    default: reinterpret_cast<f16*>(rows.data)[offset] = from_acc<f16>(static_cast<float>(x));
+    default:
+      reinterpret_cast<f16*>(rows.data)[offset] = from_acc<f16>(static_cast<float>(x));
   }
 }
 
@@ -163,12 +168,12 @@ struct Backward {
       A* scores = s.p + r * kBlockKeys;
       to_logits(scores, p, keys.has_addend ? keys.addend : nullptr, block.begin,
                 masked ? &seen : nullptr);
-      const int64_t row = (seq.q_begin + i0 + r / p.group) * p.num_heads + head * p.group +
-                          r % p.group;
-      gradients_of_row(scores, s.ds + r * kBlockKeys, keys,
-                       *row_at<A>(p.lse, 0, seq.q_begin + i0 + r / p.group,
-                                  head * p.group + r % p.group),
-                       static_cast<const A*>(job.delta)[row]);
+      const int64_t row =
+          (seq.q_begin + i0 + r / p.group) * p.num_heads + head * p.group + r % p.group;
+      gradients_of_row(
+          scores, s.ds + r * kBlockKeys, keys,
+          *row_at<A>(p.lse, 0, seq.q_begin + i0 + r / p.group, head * p.group + r % p.group),
+          static_cast<const A*>(job.delta)[row]);
     }
     const int64_t padding = (padded_rows - rows) * kBlockKeys * sizeof(A);
     memset(s.p + rows * kBlockKeys, 0, padding);
@@ -252,7 +257,8 @@ struct Backward {
     return static_cast<A*>(job.dq_chunks) + t.first_dq + index;
   }
 
-  // ---- the four entry points ---------------------------------------------------------------------
+  // ---- the four entry points
+  // ---------------------------------------------------------------------
 
   static size_t scratch_bytes(const Problem& p, int64_t block_rows) {
     return Scratch<T>(p, block_rows, nullptr).bytes;
@@ -349,12 +355,16 @@ namespace cpu::MEMKERNELS_ISA {
 
 BackwardKernel backward_kernel(Dtype dtype) {
   switch (dtype) {
-    case Dtype::bf16: return kernel_for<bf16>();
-    case Dtype::f16: return kernel_for<f16>();
+    case Dtype::bf16:
+      return kernel_for<bf16>();
+    case Dtype::f16:
+      return kernel_for<f16>();
 #if defined(MEMKERNELS_BASELINE)
-    case Dtype::f64: return kernel_for<double>();
+    case Dtype::f64:
+      return kernel_for<double>();
 #endif
-    default: return kernel_for<float>();
+    default:
+      return kernel_for<float>();
   }
 }
 

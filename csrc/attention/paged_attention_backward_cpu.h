@@ -25,15 +25,15 @@ struct BackwardJob {
   const BackwardTasks* tasks;  // [num_sequences]
   int64_t num_tasks;
   Rows dout, dq, dk, dv, dkey_bias;  // no data: not asked for (dout is always there)
-  const void* dlse;  // [total_q, Hq] or null
-  void* delta;       // [total_q, Hq] rowsum(dout * out) - dlse, in accumulators
+  const void* dlse;                  // [total_q, Hq] or null
+  void* delta;                       // [total_q, Hq] rowsum(dout * out) - dlse, in accumulators
   void* dq_chunks;
   // Pages that appear more than once are accumulated in buffers of their own, by one task a head
   // in a fixed order: slot of a page, or -1; null when no page is shared.
   const int32_t* shared_slot;
   int64_t num_shared;
-  void* shared_dk;  // [num_shared, page_size, Hkv, padded_dim(D)], zeroed
-  void* shared_dv;  // [num_shared, page_size, Hkv, padded_dim(Dv)]
+  void* shared_dk;    // [num_shared, page_size, Hkv, padded_dim(D)], zeroed
+  void* shared_dv;    // [num_shared, page_size, Hkv, padded_dim(Dv)]
   void* shared_bias;  // [num_shared, page_size, Hkv]
   int64_t num_pages;
 };

@@ -1,5 +1,5 @@
-// o_i = sum_j softmax_j(logit_ij) v_j over the visible keys of a sequence, online: per row a running
-// maximum m, sum l and accumulator O, rescaled when the maximum grows.
+// o_i = sum_j softmax_j(logit_ij) v_j over the visible keys of a sequence, online: per row a
+// running maximum m, sum l and accumulator O, rescaled when the maximum grows.
 //
 // Cost per sequence: num_q * Hq * kv_len * (D + Dv) multiply-adds over kv_len * Hkv * (D + Dv)
 // elements of K and V, each read once for all heads of its group. Few rows (decode) are bound by
@@ -28,15 +28,15 @@ template <class T>
 struct Scratch {
   using A = Acc<T>;
   using Unit = typename Math<T>::Unit;
-  Unit* q;       // [heads][rows][units of dim]
-  A* out;        // [heads][rows][dim_v], in pair order
-  A* max;        // [heads][rows]
-  A* sum;        // [heads][rows]
-  A* scores;     // [rows][kBlockKeys], or [heads][kFewRows][kBlockKeys]
-  Unit* weights; // [rows][units of kBlockKeys]
-  Unit* packed;  // a block of K or V
+  Unit* q;           // [heads][rows][units of dim]
+  A* out;            // [heads][rows][dim_v], in pair order
+  A* max;            // [heads][rows]
+  A* sum;            // [heads][rows]
+  A* scores;         // [rows][kBlockKeys], or [heads][kFewRows][kBlockKeys]
+  Unit* weights;     // [rows][units of kBlockKeys]
+  Unit* packed;      // a block of K or V
   const T** q_rows;  // [rows]
-  T* zeros;      // a row
+  T* zeros;          // a row
   size_t bytes;
 
   Scratch(const Problem& p, int64_t rows, int64_t heads, void* base) {
@@ -70,7 +70,7 @@ struct Chunk {
   static MK_INLINE const Acc<T>* q_at(const typename Math<T>::Unit* q, int64_t d) { return q + d; }
   MK_INLINE Vec<Acc<T>> dot(const Acc<T>* q, Vec<Acc<T>> c) const {
     c += load(q) * a;
-    return c + load(q + kLanes<Acc<T>>)*b;
+    return c + load(q + kLanes<Acc<T>>) * b;
   }
 };
 
@@ -124,10 +124,13 @@ constexpr int kRunKeys = 16;
 
 // Chunks of the head dimension a pass over those keys takes.
 template <int R>
-constexpr int kPassChunks = R == 1 ? 4 : R == 2 ? 2 : 1;
+constexpr int kPassChunks = R == 1   ? 4
+                            : R == 2 ? 2
+                                     : 1;
 
 // out[r] += sum_i weights[r][i] v[i] for R rows and up to kRunKeys keys, several chunks of the
-// head dimension at a time so that there are enough independent sums. Calls before_pass() ahead of each.
+// head dimension at a time so that there are enough independent sums. Calls before_pass() ahead of
+// each.
 template <class T, int R, class BeforePass>
 MK_INLINE void add_values(const Acc<T>* weights, const T* const* v, int count, int64_t dim,
                           Acc<T>* out, int64_t out_stride, const BeforePass& before_pass) {
@@ -248,12 +251,20 @@ struct Attend {
   const int64_t rows;         // queries times group
   const int64_t padded_rows;  // to kTileRows
   const Scratch<T> s;
-  const int64_t ahead;        // rows to prefetch ahead, at most kBlockKeys
+  const int64_t ahead;  // rows to prefetch ahead, at most kBlockKeys
   int64_t q_stride = 0;
 
   Attend(const Problem& p, int64_t b, int64_t i0, int64_t i1, int64_t h0, int64_t h1, void* scratch)
-      : p(p), pad(p), b(b), i0(i0), i1(i1), h0(h0), h1(h1), seq(p.sequences[b]),
-        rows((i1 - i0) * p.group), padded_rows(round_up(rows, kTileRows)),
+      : p(p),
+        pad(p),
+        b(b),
+        i0(i0),
+        i1(i1),
+        h0(h0),
+        h1(h1),
+        seq(p.sequences[b]),
+        rows((i1 - i0) * p.group),
+        padded_rows(round_up(rows, kTileRows)),
         s(p, padded_rows, h1 - h0, scratch),
         ahead(rows_ahead((h1 - h0) * p.dim * static_cast<int64_t>(sizeof(T)))) {}
 
@@ -438,7 +449,7 @@ struct Attend {
         few_rows<kMost>(block, upcoming, r);
         r += kMost;
       } else if (left == 3) {
-        few_rows<kMost < 3 ? 1 : 3>(block, upcoming, r);
+        few_rows < kMost<3 ? 1 : 3>(block, upcoming, r);
         r += kMost < 3 ? 1 : 3;
       } else if (left == 2) {
         few_rows<2>(block, upcoming, r);
@@ -498,8 +509,8 @@ struct Forward {
     const Sequence& seq = p.sequences[b];
     const int64_t local = task - t.first_task;
     const int64_t h0 = local % t.head_groups * t.heads_per_task;
-    const int64_t h1 = h0 + t.heads_per_task < p.num_kv_heads ? h0 + t.heads_per_task
-                                                              : p.num_kv_heads;
+    const int64_t h1 =
+        h0 + t.heads_per_task < p.num_kv_heads ? h0 + t.heads_per_task : p.num_kv_heads;
     const int64_t part = local / t.head_groups;
     if (t.num_blocks > 1 || t.num_splits == 1) {
       const int64_t block = t.num_blocks - 1 - part;  // under a causal mask the last is longest
@@ -565,12 +576,16 @@ namespace cpu::MEMKERNELS_ISA {
 
 ForwardKernel forward_kernel(Dtype dtype) {
   switch (dtype) {
-    case Dtype::bf16: return kernel_for<bf16>();
-    case Dtype::f16: return kernel_for<f16>();
+    case Dtype::bf16:
+      return kernel_for<bf16>();
+    case Dtype::f16:
+      return kernel_for<f16>();
 #if defined(MEMKERNELS_BASELINE)
-    case Dtype::f64: return kernel_for<double>();
+    case Dtype::f64:
+      return kernel_for<double>();
 #endif
-    default: return kernel_for<float>();
+    default:
+      return kernel_for<float>();
   }
 }
 

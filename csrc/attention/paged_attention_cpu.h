@@ -6,7 +6,6 @@
 #include "attention/problem.h"
 #include "core/isa.h"
 
-
 namespace memkernels::attention {
 
 // Rows (queries times heads of a group) in a query block.

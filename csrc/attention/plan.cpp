@@ -59,9 +59,8 @@ Rows rows_of(const TensorView& t, int leading) {
 }
 
 int64_t sequence_of(const Plan& plan, int64_t token) {
-  const auto after =
-      std::upper_bound(plan.sequences.begin(), plan.sequences.end(), token,
-                       [](int64_t t, const Sequence& s) { return t < s.q_begin; });
+  const auto after = std::upper_bound(plan.sequences.begin(), plan.sequences.end(), token,
+                                      [](int64_t t, const Sequence& s) { return t < s.q_begin; });
   return after - plan.sequences.begin() - 1;
 }
 
@@ -124,8 +123,8 @@ void make_plan(const char* op, const PagedAttentionArgs& a, Plan& plan) {
     check(a.page_table.ndim == 2, op, "page_table must be [B, max_pages], got ",
           shape_of(a.page_table));
     check_optional_index(op, "page_table", a.page_table, device);
-    check(a.page_table.shape[0] == batch, op, "page_table has ", a.page_table.shape[0],
-          " rows, ", source, " implies ", batch, " sequences");
+    check(a.page_table.shape[0] == batch, op, "page_table has ", a.page_table.shape[0], " rows, ",
+          source, " implies ", batch, " sequences");
   } else if (packed) {
     check(a.cu_seqlens_k.ndim == 1 && a.cu_seqlens_k.shape[0] == batch + 1, op,
           "cu_seqlens_k must be [B + 1] with B = ", batch, " as ", source, " implies, got ",
@@ -133,8 +132,8 @@ void make_plan(const char* op, const PagedAttentionArgs& a, Plan& plan) {
     check_optional_index(op, "cu_seqlens_k", a.cu_seqlens_k, device);
     check_cumulative(op, "cu_seqlens_k", a.cu_seqlens_k, batch, "k_cache", a.k_cache.shape[0]);
   } else {
-    check(a.k_cache.shape[0] == batch, op, "k_cache has ", a.k_cache.shape[0],
-          " sequences, ", source, " implies ", batch);
+    check(a.k_cache.shape[0] == batch, op, "k_cache has ", a.k_cache.shape[0], " sequences, ",
+          source, " implies ", batch);
   }
   if (given(a.seq_lens)) {
     check_shape(op, "seq_lens", a.seq_lens, "[B]", {batch});
@@ -167,7 +166,9 @@ void make_plan(const char* op, const PagedAttentionArgs& a, Plan& plan) {
   plan.sequences.resize(batch);
   for (int64_t b = 0; b < batch; ++b) {
     Sequence& s = plan.sequences[b];
-    const auto at = [b](const TensorView& t, int64_t i) { return index_at(t, (b + i) * t.stride[0]); };
+    const auto at = [b](const TensorView& t, int64_t i) {
+      return index_at(t, (b + i) * t.stride[0]);
+    };
     s.q_begin = given(a.cu_seqlens_q) ? at(a.cu_seqlens_q, 0) : b;
     s.num_q = given(a.cu_seqlens_q) ? at(a.cu_seqlens_q, 1) - s.q_begin : 1;
     s.kv_begin = packed ? at(a.cu_seqlens_k, 0) : 0;

@@ -15,7 +15,7 @@ struct Rows {
 };
 
 struct Sequence {
-  int64_t q_begin;   // first row of q
+  int64_t q_begin;  // first row of q
   int64_t num_q;
   int64_t kv_len;
   int64_t kv_begin;  // first token of the packed K and V, else 0
@@ -34,8 +34,8 @@ struct Problem {
   double scale, softcap;
   bool causal;
   int64_t sink_tokens;
-  const int64_t* window;  // [Hkv], kNoWindow for full heads
-  bool same_window;       // over the heads
+  const int64_t* window;     // [Hkv], kNoWindow for full heads
+  bool same_window;          // over the heads
   const double* sink_logit;  // [Hq] or null
   const Sequence* sequences;
   int64_t num_sequences;

@@ -26,9 +26,8 @@ double read_ceiling(const TensorView& t, const Context& ctx) {
 double flop_ceiling(Dtype dtype, int64_t rounds, const Context& ctx) {
   const CeilingKernel kernel = MEMKERNELS_CPU(cpu_isa(), ceiling_kernel)();
   std::vector<double> flops(ctx.num_workers), sinks(ctx.num_workers);
-  run_tasks(ctx, ctx.num_workers, ctx.num_workers, [&](int64_t i, int) {
-    flops[i] = kernel.flops(dtype, rounds, &sinks[i]);
-  });
+  run_tasks(ctx, ctx.num_workers, ctx.num_workers,
+            [&](int64_t i, int) { flops[i] = kernel.flops(dtype, rounds, &sinks[i]); });
   double total = 0;
   for (double f : flops) total += f;
   return total;

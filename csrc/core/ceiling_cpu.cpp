@@ -49,9 +49,12 @@ double multiply_adds(int64_t rounds, double* sink) {
 
 double flops(Dtype dtype, int64_t rounds, double* sink) {
   switch (dtype) {
-    case Dtype::bf16: return multiply_adds<Math<bf16>>(rounds, sink);
-    case Dtype::f64: return multiply_adds<F64>(rounds, sink);
-    default: return multiply_adds<F32>(rounds, sink);
+    case Dtype::bf16:
+      return multiply_adds<Math<bf16>>(rounds, sink);
+    case Dtype::f64:
+      return multiply_adds<F64>(rounds, sink);
+    default:
+      return multiply_adds<F32>(rounds, sink);
   }
 }
 

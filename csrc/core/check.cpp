@@ -6,12 +6,18 @@ namespace memkernels {
 
 const char* name(Dtype dtype) {
   switch (dtype) {
-    case Dtype::f64: return "float64";
-    case Dtype::f32: return "float32";
-    case Dtype::bf16: return "bfloat16";
-    case Dtype::f16: return "float16";
-    case Dtype::i64: return "int64";
-    case Dtype::i32: return "int32";
+    case Dtype::f64:
+      return "float64";
+    case Dtype::f32:
+      return "float32";
+    case Dtype::bf16:
+      return "bfloat16";
+    case Dtype::f16:
+      return "float16";
+    case Dtype::i64:
+      return "int64";
+    case Dtype::i32:
+      return "int32";
   }
   return "?";
 }
@@ -19,11 +25,14 @@ const char* name(Dtype dtype) {
 int64_t item_size(Dtype dtype) {
   switch (dtype) {
     case Dtype::f64:
-    case Dtype::i64: return 8;
+    case Dtype::i64:
+      return 8;
     case Dtype::f32:
-    case Dtype::i32: return 4;
+    case Dtype::i32:
+      return 4;
     case Dtype::bf16:
-    case Dtype::f16: return 2;
+    case Dtype::f16:
+      return 2;
   }
   return 0;
 }
@@ -60,8 +69,7 @@ void check_dtype(const char* op, const char* arg, const TensorView& t, Dtype exp
 }
 
 void check_floating(const char* op, const char* arg, const TensorView& t) {
-  check(is_floating(t.dtype), op, arg,
-        " has an unsupported dtype ", name(t.dtype),
+  check(is_floating(t.dtype), op, arg, " has an unsupported dtype ", name(t.dtype),
         "; supported: float32, bfloat16, float16, and float64 on the CPU");
 }
 
@@ -82,22 +90,36 @@ void check_device(const char* op, const char* arg, const TensorView& t, Device e
 
 double scalar_at(const TensorView& t, int64_t offset) {
   switch (t.dtype) {
-    case Dtype::f64: return static_cast<const double*>(t.data)[offset];
-    case Dtype::f32: return static_cast<const float*>(t.data)[offset];
-    case Dtype::bf16: return to_acc(static_cast<const bf16*>(t.data)[offset]);
-    case Dtype::f16: return to_acc(static_cast<const f16*>(t.data)[offset]);
-    default: return static_cast<double>(index_at(t, offset));
+    case Dtype::f64:
+      return static_cast<const double*>(t.data)[offset];
+    case Dtype::f32:
+      return static_cast<const float*>(t.data)[offset];
+    case Dtype::bf16:
+      return to_acc(static_cast<const bf16*>(t.data)[offset]);
+    case Dtype::f16:
+      return to_acc(static_cast<const f16*>(t.data)[offset]);
+    default:
+      return static_cast<double>(index_at(t, offset));
   }
 }
 
 void set_scalar(const TensorView& t, int64_t offset, double x) {
   const float narrow = static_cast<float>(x);
   switch (t.dtype) {
-    case Dtype::f64: static_cast<double*>(t.data)[offset] = x; break;
-    case Dtype::f32: static_cast<float*>(t.data)[offset] = narrow; break;
-    case Dtype::bf16: static_cast<bf16*>(t.data)[offset] = from_acc<bf16>(narrow); break;
-    case Dtype::f16: static_cast<f16*>(t.data)[offset] = from_acc<f16>(narrow); break;
-    default: break;
+    case Dtype::f64:
+      static_cast<double*>(t.data)[offset] = x;
+      break;
+    case Dtype::f32:
+      static_cast<float*>(t.data)[offset] = narrow;
+      break;
+    case Dtype::bf16:
+      static_cast<bf16*>(t.data)[offset] = from_acc<bf16>(narrow);
+      break;
+    case Dtype::f16:
+      static_cast<f16*>(t.data)[offset] = from_acc<f16>(narrow);
+      break;
+    default:
+      break;
   }
 }
 

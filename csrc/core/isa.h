@@ -31,11 +31,11 @@ Isa cpu_isa();
   result name args;                                \
   }
 // The function of that name for the given instruction set.
-#define MEMKERNELS_CPU(isa, name)                                              \
+#define MEMKERNELS_CPU(isa, name)                     \
   ((isa) == Isa::avx512_bf16 ? cpu::avx512_bf16::name \
    : (isa) == Isa::avx512    ? cpu::avx512::name      \
    : (isa) == Isa::avx2      ? cpu::avx2::name        \
-                                           : cpu::baseline::name)
+                             : cpu::baseline::name)
 #else
 #define MEMKERNELS_DECLARE_CPU(result, name, args) \
   namespace cpu::baseline {                        \

@@ -8,7 +8,9 @@ namespace memkernels {
 
 inline constexpr size_t kAlignment = 64;
 
-inline constexpr size_t align_up(size_t n) { return (n + kAlignment - 1) / kAlignment * kAlignment; }
+inline constexpr size_t align_up(size_t n) {
+  return (n + kAlignment - 1) / kAlignment * kAlignment;
+}
 
 // First touch of a large buffer by 4 KiB pages costs more than most kernels that fill it; asks
 // for huge pages from 32 MiB up. Advice only: contents and mapping do not change.

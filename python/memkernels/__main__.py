@@ -28,7 +28,7 @@ def cuda_driver() -> str:
 
 def info() -> None:
     build = _C.build_info()
-    runtime = f"runtime {build['cuda']}" if build["cuda"] else "this build has no CUDA kernels"
+    runtime = f"runtime {build['cuda']}" if build["cuda"] else f"none, {build['cuda_reason']}"
     facts = {
         "memkernels": f"{memkernels.__version__} ({build['build_type']}, {build['compiler']})",
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",

@@ -97,7 +97,8 @@ def in_place(op: str, mutated: tuple[str, ...]) -> None:
     indices = [names.index(name) for name in mutated]
 
     def autograd(keyset, *args, **kwargs):
-        no_gradient(op, {n: a for n, a in zip(names, args) if isinstance(a, Tensor)})
+        given = zip(names, args, strict=False)
+        no_gradient(op, {name: a for name, a in given if isinstance(a, Tensor)})
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 

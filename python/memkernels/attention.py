@@ -146,9 +146,7 @@ def merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return _merge_states(outs, lses)
 
 
-def append_kv(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
-) -> None:
+def append_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Writes the keys and values of new tokens into a paged cache, in place.
 
     Args:
@@ -228,7 +226,7 @@ def _paged_attention_grad(ctx, dout, dlse):
     differentiable = (0, 1, 2, 8, 9)  # q, k_cache, v_cache, key_bias, sink_logit
     needs = sum(1 << bit for bit, i in enumerate(differentiable) if ctx.needs_input_grad[i])
     grads: list[Tensor | None] = [None] * len(inputs)
-    if dout is None and dlse is None or not needs:
+    if (dout is None and dlse is None) or not needs:
         return tuple(grads)
     if dout is None:
         dout = torch.zeros_like(out)

@@ -31,9 +31,10 @@ PYBIND11_MODULE(_C, m) {
         info["compiler"] = "GCC-compatible " __VERSION__;
         info["build_type"] = MEMKERNELS_BUILD_TYPE;
         info["cuda"] = py::none();
+        info["cuda_reason"] = MEMKERNELS_CUDA_REASON;
         return info;
       },
-      "Compiler, build type and CUDA version (None: built without) of this build.");
+      "Compiler, build type and CUDA version of this build; None: built without, for cuda_reason.");
 }
 
 }  // namespace memkernels

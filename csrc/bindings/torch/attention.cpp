@@ -46,12 +46,12 @@ PagedAttentionArgs paged_attention_args(
 }
 
 std::tuple<Tensor, Tensor> paged_attention(
-    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-    const OptionalTensor& page_table, const OptionalTensor& seq_lens,
-    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-    const OptionalTensor& head_window, const OptionalTensor& key_bias,
-    const OptionalTensor& sink_logit, double scale, bool causal, std::optional<int64_t> window,
-    int64_t sink_tokens, double softcap, std::optional<int64_t> max_seqlen) {
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& page_table,
+    const OptionalTensor& seq_lens, const OptionalTensor& cu_seqlens_q,
+    const OptionalTensor& cu_seqlens_k, const OptionalTensor& head_window,
+    const OptionalTensor& key_bias, const OptionalTensor& sink_logit, double scale, bool causal,
+    std::optional<int64_t> window, int64_t sink_tokens, double softcap,
+    std::optional<int64_t> max_seqlen) {
   constexpr char op[] = "paged_attention";
   PagedAttentionArgs a = paged_attention_args(
       op, q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, cu_seqlens_k, head_window,
@@ -70,12 +70,11 @@ std::tuple<Tensor, Tensor> paged_attention(
 // Bits of `needs`: q, k_cache, v_cache, key_bias, sink_logit. What is not needed comes back empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> paged_attention_backward(
     const Tensor& dout, const OptionalTensor& dlse, const Tensor& out, const Tensor& lse,
-    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-    const OptionalTensor& page_table, const OptionalTensor& seq_lens,
-    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-    const OptionalTensor& head_window, const OptionalTensor& key_bias,
-    const OptionalTensor& sink_logit, int64_t needs, double scale, bool causal,
-    std::optional<int64_t> window, int64_t sink_tokens, double softcap,
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& page_table,
+    const OptionalTensor& seq_lens, const OptionalTensor& cu_seqlens_q,
+    const OptionalTensor& cu_seqlens_k, const OptionalTensor& head_window,
+    const OptionalTensor& key_bias, const OptionalTensor& sink_logit, int64_t needs, double scale,
+    bool causal, std::optional<int64_t> window, int64_t sink_tokens, double softcap,
     std::optional<int64_t> max_seqlen) {
   constexpr char op[] = "paged_attention_backward";
   PagedAttentionArgs a = paged_attention_args(

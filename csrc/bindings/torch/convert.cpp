@@ -32,12 +32,18 @@ Dtype dtype_of(const char* op, const char* arg, const Tensor& t) {
 
 int32_t code_of(Dtype dtype) {
   switch (dtype) {
-    case Dtype::f64: return aoti_torch_dtype_float64();
-    case Dtype::f32: return aoti_torch_dtype_float32();
-    case Dtype::bf16: return aoti_torch_dtype_bfloat16();
-    case Dtype::f16: return aoti_torch_dtype_float16();
-    case Dtype::i64: return aoti_torch_dtype_int64();
-    case Dtype::i32: return aoti_torch_dtype_int32();
+    case Dtype::f64:
+      return aoti_torch_dtype_float64();
+    case Dtype::f32:
+      return aoti_torch_dtype_float32();
+    case Dtype::bf16:
+      return aoti_torch_dtype_bfloat16();
+    case Dtype::f16:
+      return aoti_torch_dtype_float16();
+    case Dtype::i64:
+      return aoti_torch_dtype_int64();
+    case Dtype::i32:
+      return aoti_torch_dtype_int32();
   }
   return -1;
 }
@@ -50,8 +56,8 @@ Tensor empty(const int64_t* shape, int ndim, Dtype dtype, bool zeroed) {
     count *= shape[i];
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      ndim, shape, strides, code_of(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, shape, strides, code_of(dtype),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   Tensor t(handle);
   const size_t bytes = count * item_size(dtype);
   advise_huge_pages(t.data_ptr(), bytes);

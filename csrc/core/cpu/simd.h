@@ -376,7 +376,8 @@ MK_INLINE Vec<float> exp(Vec<float> x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const Vec<float> y = bit_cast<Vec<float>>(bit_cast<VecI32>(p) + (bit_cast<VecI32>(shifted) << 23));
+  const Vec<float> y =
+      bit_cast<Vec<float>>(bit_cast<VecI32>(p) + (bit_cast<VecI32>(shifted) << 23));
   const Vec<float> small = x < -87.3f ? Vec<float>{} : x;  // 0, or the NaN to keep
   return x >= -87.3f ? y : small;
 }

@@ -40,8 +40,8 @@ struct Bf16Pair {
     return dot(splat_bits(a), b, c);
   }
   static MK_INLINE Vec<float> dot(Vec<float> a, Vec<float> b, Vec<float> c) {
-    return bit_cast<Vec<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(c), bit_cast<__m512bh>(a),
-                                                 bit_cast<__m512bh>(b)));
+    return bit_cast<Vec<float>>(
+        _mm512_dpbf16_ps(bit_cast<__m512>(c), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
   }
   // Not splat: its addition could quiet a NaN or flush the pattern.
   static MK_INLINE Vec<float> splat_bits(float a) {
