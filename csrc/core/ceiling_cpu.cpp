@@ -3,7 +3,8 @@
 #include "core/cpu/tile.h"
 
 // Makes the compiler believe that the vector register is read and written here.
-#if defined(__x86_64__)
+#if defined(MK_KEEP)  // emulated vectors fit no register
+#elif defined(__x86_64__)
 #define MK_KEEP(v) asm volatile("" : "+v"(v))
 #else
 #define MK_KEEP(v) asm volatile("" : "+w"(v))

@@ -1,0 +1,68 @@
+"""The AVX-512 kernels, on any CPU with AVX2: built with emulated instructions, then tested by the
+ordinary tests of the ops."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import memkernels
+from memkernels import _C
+
+ROOT = Path(__file__).parent.parent
+TESTS = ("test_attention.py", "test_attention_backward.py", "test_append_merge.py")
+
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif("avx2" not in _C.cpu_isas(), reason="the emulation needs AVX2"),
+    pytest.mark.skipif(
+        not all(map(shutil.which, ("cmake", "ninja")))
+        or importlib.util.find_spec("pybind11") is None,
+        reason="needs cmake, ninja and pybind11",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory) -> Path:
+    """A folder to import memkernels from, whose AVX-512 kernels are emulated."""
+    folder = tmp_path_factory.mktemp("emulated")
+    build = folder / "build"
+    pybind11 = subprocess.run(
+        [sys.executable, "-m", "pybind11", "--cmakedir"], check=True, capture_output=True, text=True
+    )
+    subprocess.run(
+        ["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, "-DMEMKERNELS_EMULATE_AVX512=ON",
+         "-DMEMKERNELS_CUDA=OFF", f"-DSKBUILD_PROJECT_VERSION={memkernels.__version__}",
+         f"-Dpybind11_DIR={pybind11.stdout.strip()}", f"-DPython_EXECUTABLE={sys.executable}"],
+        check=True,
+    )  # fmt: skip
+    subprocess.run(["cmake", "--build", build], check=True)
+    shutil.copytree(ROOT / "python" / "memkernels", folder / "memkernels")
+    for library in build.glob("*.so"):
+        shutil.copy(library, folder / "memkernels")
+    return folder
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx512_bf16"])
+def test_ops(emulated, isa):
+    environment = os.environ | {"MEMKERNELS_CPU_ISA": isa, "PYTHONPATH": str(emulated)}
+    used = subprocess.run(
+        [sys.executable, "-c",
+         "import torch; from memkernels import _C; print(_C.__file__, _C.cpu_isa())"],
+        check=True, capture_output=True, text=True, env=environment, cwd=emulated,
+    )  # fmt: skip
+    assert used.stdout.split() == [str(next(emulated.glob("memkernels/_C*.so"))), isa]
+    tests = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+         "-k", "not fallback and not every_isa and not compile and not export and not opcheck",
+         *(ROOT / "tests" / name for name in TESTS)],
+        capture_output=True, text=True, env=environment, cwd=emulated,
+    )  # fmt: skip
+    assert tests.returncode == 0, tests.stdout[-4000:]
