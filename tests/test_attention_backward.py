@@ -45,7 +45,9 @@ def check_gradients(case):
         baseline = gradients(fallback.paged_attention, case)
     for name, grad in actual.items():
         assert grad.dtype == getattr(case, name).dtype
-        accuracy = {"dtype": case.q.dtype, "name": f"gradient of {name}", "slack": 4}
+        # Eight: where one key has nearly all the weight, dS is the difference of two equal numbers,
+        # dO.v and rowsum(dO * O), that were rounded apart, as in every memory-efficient backward.
+        accuracy = {"dtype": case.q.dtype, "name": f"gradient of {name}", "slack": 8}
         assert_accurate(grad, exact[name], baseline[name], **accuracy)
     return actual
 

@@ -85,8 +85,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> paged_attention_backward(
   attention::PagedAttentionGrads g;
   g.dout = view(op, "dout", dout);
   g.dlse = view(op, "dlse", dlse);
-  // Packed keys all belong to a sequence and are all written; a cache has others too.
-  const bool zeroed = !cu_seqlens_k;
   const auto gradient = [&](int bit, const TensorView& like, bool zero, TensorView& to) {
     const bool needed = (needs >> bit & 1) && given(like);
     Tensor t = needed ? empty_like(like, zero) : empty({0}, a.q.dtype);
@@ -94,9 +92,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> paged_attention_backward(
     return t;
   };
   Tensor dq = gradient(0, a.q, false, g.dq);
-  Tensor dk = gradient(1, a.k_cache, zeroed, g.dk_cache);
-  Tensor dv = gradient(2, a.v_cache, zeroed, g.dv_cache);
-  Tensor dkey_bias = gradient(3, a.key_bias, zeroed, g.dkey_bias);
+  Tensor dk = gradient(1, a.k_cache, true, g.dk_cache);
+  Tensor dv = gradient(2, a.v_cache, true, g.dv_cache);
+  Tensor dkey_bias = gradient(3, a.key_bias, true, g.dkey_bias);
   Tensor dsink_logit = gradient(4, a.sink_logit, true, g.dsink_logit);
   attention::paged_attention_backward(a, g, cpu_context());
   return {dq, dk, dv, dkey_bias, dsink_logit};
