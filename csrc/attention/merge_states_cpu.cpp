@@ -67,18 +67,26 @@ struct Merge {
     static_cast<A*>(a.lse.data)[row] =
         weights.total == 0 ? -kInfinity<A> : weights.max + log(weights.total);
     T* out = static_cast<T*>(a.out.data) + row * dim;
-    for (int64_t d = 0; d < dim; d += kPair<T>) {
-      Vec<A> x{}, y{};
+    constexpr int kChunks = 8;  // pairs at a time, so that a weight serves many elements
+    for (int64_t d0 = 0; d0 < dim; d0 += kChunks * kPair<T>) {
+      const int64_t left = (dim - d0 + kPair<T> - 1) / kPair<T>;
+      const int chunks = static_cast<int>(left < kChunks ? left : kChunks);
+      Vec<A> sums[kChunks][2] = {};
       for (int64_t n = 0; n < parts; ++n) {
         const A lse = part_lse(a, n, row);
         if (lse == -kInfinity<A>) continue;
         const A weight = weights.of(lse);
-        Vec<A> u, v;
-        load_part(part(a, n, row), d, dim, u, v);
-        x += u * weight;
-        y += v * weight;
+        const T* values = part(a, n, row);
+        for (int c = 0; c < chunks; ++c) {
+          Vec<A> x, y;
+          load_part(values, d0 + c * kPair<T>, dim, x, y);
+          sums[c][0] += x * weight;
+          sums[c][1] += y * weight;
+        }
       }
-      store_part(out, d, dim, x, y);
+      for (int c = 0; c < chunks; ++c) {
+        store_part(out, d0 + c * kPair<T>, dim, sums[c][0], sums[c][1]);
+      }
     }
   }
 
