@@ -30,19 +30,6 @@ struct Arena {
   }
 };
 
-MK_INLINE double scalar(const Rows& rows, int64_t offset) {
-  switch (rows.dtype) {
-    case Dtype::f64:
-      return reinterpret_cast<const double*>(rows.data)[offset];
-    case Dtype::f32:
-      return reinterpret_cast<const float*>(rows.data)[offset];
-    case Dtype::bf16:
-      return to_acc(reinterpret_cast<const bf16*>(rows.data)[offset]);
-    default:
-      return to_acc(reinterpret_cast<const f16*>(rows.data)[offset]);
-  }
-}
-
 // Row pointers of keys [begin, begin + count) of a sequence for head 0; null where the page is
 // absent, and beyond `count`.
 template <class T>
@@ -85,7 +72,8 @@ struct KeyBlock {
 
   Acc<T> bias_of(const Problem& p, int64_t i, int64_t head) const {
     if (p.key_bias.data == nullptr) return 0;
-    return static_cast<Acc<T>>(scalar(p.key_bias, bias[i] + head * p.key_bias.head_stride));
+    return static_cast<Acc<T>>(
+        load_scalar(p.key_bias.data, p.key_bias.dtype, bias[i] + head * p.key_bias.head_stride));
   }
 };
 

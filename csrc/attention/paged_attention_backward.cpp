@@ -67,11 +67,7 @@ std::vector<int32_t> shared_pages(const Problem& p, int64_t num_pages, int64_t& 
 
 void sink_gradient(const Problem& p, const BackwardJob& job, int64_t total_q,
                    const TensorView& dsink) {
-  const bool wide = p.dtype == Dtype::f64;
-  const auto at = [wide](const void* data, int64_t i) {
-    return wide ? static_cast<const double*>(data)[i]
-                : static_cast<double>(static_cast<const float*>(data)[i]);
-  };
+  const auto at = [&](const void* data, int64_t i) { return load_scalar(data, p.lse.dtype, i); };
   for (int64_t h = 0; h < p.num_heads; ++h) {
     double total = 0;
     for (int64_t t = 0; t < total_q; ++t) {
@@ -79,7 +75,7 @@ void sink_gradient(const Problem& p, const BackwardJob& job, int64_t total_q,
       if (lse == -INFINITY) continue;
       total -= std::exp(p.sink_logit[h] - lse) * at(job.delta, t * p.num_heads + h);
     }
-    set_scalar(dsink, h * dsink.stride[0], total);
+    store_scalar(dsink.data, dsink.dtype, h * dsink.stride[0], total);
   }
 }
 

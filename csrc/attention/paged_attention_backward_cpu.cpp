@@ -56,22 +56,6 @@ MK_INLINE void add_row(A* into, const A* from, int64_t n) {
   for (int64_t d = 0; d < n; d += kLanes<A>) store(into + d, load(into + d) + load(from + d));
 }
 
-MK_INLINE void store_scalar(const Rows& rows, int64_t offset, double x) {
-  switch (rows.dtype) {
-    case Dtype::f64:
-      reinterpret_cast<double*>(rows.data)[offset] = x;
-      break;
-    case Dtype::f32:
-      reinterpret_cast<float*>(rows.data)[offset] = static_cast<float>(x);
-      break;
-    case Dtype::bf16:
-      reinterpret_cast<bf16*>(rows.data)[offset] = from_acc<bf16>(static_cast<float>(x));
-      break;
-    default:
-      reinterpret_cast<f16*>(rows.data)[offset] = from_acc<f16>(static_cast<float>(x));
-  }
-}
-
 template <class T>
 MK_INLINE T* row_at(const Rows& rows, int64_t outer, int64_t token, int64_t head) {
   return reinterpret_cast<T*>(rows.data) + outer * rows.outer_stride + token * rows.token_stride +
@@ -233,7 +217,8 @@ struct Backward {
         if (job.dk.data) pack_row<T>(dk, p.dim, scale, row_at<T>(job.dk, outer, token, head));
         if (job.dv.data) pack_row<T>(dv, p.dim_v, A(1), row_at<T>(job.dv, outer, token, head));
         if (job.dkey_bias.data) {
-          store_scalar(job.dkey_bias, offset_of(job.dkey_bias, outer, token, head), s.dbias[i]);
+          store_scalar(job.dkey_bias.data, job.dkey_bias.dtype,
+                       offset_of(job.dkey_bias, outer, token, head), s.dbias[i]);
         }
       }
     });
@@ -295,11 +280,7 @@ struct Backward {
       }
       return;
     }
-    int64_t b = 0, past = p.num_sequences;  // the last sequence whose first task is <= task
-    while (past - b > 1) {
-      const int64_t middle = (b + past) / 2;
-      (job.tasks[middle].first_task <= task ? b : past) = middle;
-    }
+    const int64_t b = sequence_of_task(job.tasks, p.num_sequences, task);
     const int64_t local = task - job.tasks[b].first_task;
     backward.chunk(b, local % p.num_kv_heads, local / p.num_kv_heads);
   }
@@ -335,7 +316,8 @@ struct Backward {
           pack_row<T>(backward.shared_dv(row), p.dim_v, A(1), row_at<T>(job.dv, page, token, head));
         }
         if (job.dkey_bias.data) {
-          store_scalar(job.dkey_bias, offset_of(job.dkey_bias, page, token, head),
+          store_scalar(job.dkey_bias.data, job.dkey_bias.dtype,
+                       offset_of(job.dkey_bias, page, token, head),
                        static_cast<const A*>(job.shared_bias)[row]);
         }
       }

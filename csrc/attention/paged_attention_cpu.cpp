@@ -442,6 +442,7 @@ struct Attend {
 
   void attend_few(const KeyBlock<T>& block, const KeyBlock<T>* following) {
     constexpr int kMost = kLanes<A> < 4 ? kLanes<A> : 4;
+    constexpr int kThree = kMost < 3 ? 1 : 3;
     const Upcoming upcoming = upcoming_rows(block, following);
     for (int64_t r = 0; r < rows;) {
       const int64_t left = rows - r;
@@ -449,8 +450,8 @@ struct Attend {
         few_rows<kMost>(block, upcoming, r);
         r += kMost;
       } else if (left == 3) {
-        few_rows < kMost<3 ? 1 : 3>(block, upcoming, r);
-        r += kMost < 3 ? 1 : 3;
+        few_rows<kThree>(block, upcoming, r);
+        r += kThree;
       } else if (left == 2) {
         few_rows<2>(block, upcoming, r);
         r += 2;
@@ -500,11 +501,7 @@ struct Forward {
 
   static void run(const ForwardJob& job, int64_t task, void* scratch) {
     const Problem& p = *job.problem;
-    int64_t b = 0, past = p.num_sequences;  // the last sequence whose first task is <= task
-    while (past - b > 1) {
-      const int64_t middle = (b + past) / 2;
-      (job.tasks[middle].first_task <= task ? b : past) = middle;
-    }
+    const int64_t b = sequence_of_task(job.tasks, p.num_sequences, task);
     const SequenceTasks& t = job.tasks[b];
     const Sequence& seq = p.sequences[b];
     const int64_t local = task - t.first_task;

@@ -193,7 +193,8 @@ void make_plan(const char* op, const PagedAttentionArgs& a, Plan& plan) {
   if (given(a.sink_logit)) {
     plan.sink_logit.resize(heads);
     for (int64_t h = 0; h < heads; ++h) {
-      plan.sink_logit[h] = scalar_at(a.sink_logit, h * a.sink_logit.stride[0]);
+      plan.sink_logit[h] =
+          load_scalar(a.sink_logit.data, a.sink_logit.dtype, h * a.sink_logit.stride[0]);
     }
   }
 

@@ -89,5 +89,16 @@ inline void for_each_key(const Problem& p, int64_t b, int64_t j0, int64_t n, con
   }
 }
 
+// The last sequence whose first task is <= task.
+template <class Tasks>
+inline int64_t sequence_of_task(const Tasks* tasks, int64_t num_sequences, int64_t task) {
+  int64_t b = 0, past = num_sequences;
+  while (past - b > 1) {
+    const int64_t middle = (b + past) / 2;
+    (tasks[middle].first_task <= task ? b : past) = middle;
+  }
+  return b;
+}
+
 }  // namespace
 }  // namespace memkernels::attention

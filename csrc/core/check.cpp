@@ -1,7 +1,5 @@
 #include "core/check.h"
 
-#include "core/cpu/simd.h"
-
 namespace memkernels {
 
 const char* name(Dtype dtype) {
@@ -86,41 +84,6 @@ void check_companion(const char* op, const char* arg, const TensorView& t, Dtype
 void check_device(const char* op, const char* arg, const TensorView& t, Device expected) {
   check(t.device.type == expected.type && t.device.index == expected.index, op, arg,
         " is on another device than the other arguments");
-}
-
-double scalar_at(const TensorView& t, int64_t offset) {
-  switch (t.dtype) {
-    case Dtype::f64:
-      return static_cast<const double*>(t.data)[offset];
-    case Dtype::f32:
-      return static_cast<const float*>(t.data)[offset];
-    case Dtype::bf16:
-      return to_acc(static_cast<const bf16*>(t.data)[offset]);
-    case Dtype::f16:
-      return to_acc(static_cast<const f16*>(t.data)[offset]);
-    default:
-      return static_cast<double>(index_at(t, offset));
-  }
-}
-
-void set_scalar(const TensorView& t, int64_t offset, double x) {
-  const float narrow = static_cast<float>(x);
-  switch (t.dtype) {
-    case Dtype::f64:
-      static_cast<double*>(t.data)[offset] = x;
-      break;
-    case Dtype::f32:
-      static_cast<float*>(t.data)[offset] = narrow;
-      break;
-    case Dtype::bf16:
-      static_cast<bf16*>(t.data)[offset] = from_acc<bf16>(narrow);
-      break;
-    case Dtype::f16:
-      static_cast<f16*>(t.data)[offset] = from_acc<f16>(narrow);
-      break;
-    default:
-      break;
-  }
 }
 
 void check_rows_contiguous(const char* op, const char* arg, const TensorView& t) {

@@ -1,4 +1,4 @@
-// The one exception of the library, the checks that raise it, and access to single elements.
+// The one exception of the library, the checks that raise it, and reading indices.
 #pragma once
 
 #include <sstream>
@@ -55,12 +55,10 @@ void check_device(const char* op, const char* arg, const TensorView& t, Device e
 void check_rows_contiguous(const char* op, const char* arg, const TensorView& t);
 void check_contiguous(const char* op, const char* arg, const TensorView& t);
 
-// Elements at an offset (in elements, strides applied) of an integer or a floating tensor.
+// An element of an integer tensor at an offset (in elements, strides applied).
 inline int64_t index_at(const TensorView& t, int64_t offset) {
   return t.dtype == Dtype::i64 ? static_cast<const int64_t*>(t.data)[offset]
                                : static_cast<const int32_t*>(t.data)[offset];
 }
-double scalar_at(const TensorView& t, int64_t offset);
-void set_scalar(const TensorView& t, int64_t offset, double x);
 
 }  // namespace memkernels

@@ -25,4 +25,8 @@ struct TensorView {
   int64_t stride[kMaxDims] = {};  // in elements
 };
 
+// One floating element at an offset, whatever its dtype.
+double load_scalar(const void* data, Dtype dtype, int64_t offset);
+void store_scalar(void* data, Dtype dtype, int64_t offset, double x);
+
 }  // namespace memkernels
