@@ -1,9 +1,10 @@
 #include "attention/append_kv.h"
 
 #include <algorithm>
-#include <cstring>
+#include <utility>
 #include <vector>
 
+#include "attention/cache.h"
 #include "core/check.h"
 
 namespace memkernels::attention {
@@ -40,42 +41,28 @@ std::vector<int64_t> checked_slots(const AppendKvArgs& a) {
 
 void copy_token(const TensorView& from, int64_t token, const TensorView& to, int64_t slot) {
   const int64_t size = item_size(from.dtype), page_size = to.shape[1];
-  const char* source = static_cast<const char*>(from.data) + token * from.stride[0] * size;
+  char* source = static_cast<char*>(from.data) + token * from.stride[0] * size;
   char* target = static_cast<char*>(to.data) +
                  (slot / page_size * to.stride[0] + slot % page_size * to.stride[1]) * size;
-  const int64_t heads = from.shape[1], row = from.shape[2];
-  if (from.stride[1] == row && to.stride[2] == row) {
-    std::memcpy(target, source, heads * row * size);
-    return;
-  }
-  for (int64_t h = 0; h < heads; ++h) {
-    std::memcpy(target + h * to.stride[2] * size, source + h * from.stride[1] * size, row * size);
-  }
+  copy_heads({source, from.stride[1] * size}, {target, to.stride[2] * size}, from.shape[1],
+             from.shape[2] * size);
 }
 
 }  // namespace
 
 void append_kv(const AppendKvArgs& a, const Context& ctx) {
-  check_floating(kOp, "k_cache", a.k_cache);
-  check(a.k_cache.ndim == 4, kOp, "k_cache must be [num_pages, page_size, Hkv, D], got ",
-        shape_of(a.k_cache));
-  check(a.v_cache.ndim == 4, kOp, "v_cache must be [num_pages, page_size, Hkv, Dv], got ",
-        shape_of(a.v_cache));
+  check_caches(kOp, a.k_cache, a.v_cache);
   const int64_t* kc = a.k_cache.shape;
-  check(a.v_cache.shape[0] == kc[0] && a.v_cache.shape[1] == kc[1] && a.v_cache.shape[2] == kc[2],
-        kOp, "v_cache ", shape_of(a.v_cache), " must match k_cache ", shape_of(a.k_cache),
-        " but for its last dimension");
   check_shape(kOp, "k", a.k, "[T, Hkv, D]", {-1, kc[2], kc[3]});
   check_shape(kOp, "v", a.v, "[T, Hkv, Dv]", {a.k.shape[0], kc[2], a.v_cache.shape[3]});
   check_shape(kOp, "slot_mapping", a.slot_mapping, "[T]", {a.k.shape[0]});
   check_index(kOp, "slot_mapping", a.slot_mapping);
-  for (const auto& [arg, t] :
-       {std::pair{"k", &a.k}, {"v", &a.v}, {"k_cache", &a.k_cache}, {"v_cache", &a.v_cache}}) {
+  for (const auto& [arg, t] : {std::pair{"k", &a.k}, {"v", &a.v}}) {
     check_dtype(kOp, arg, *t, a.k_cache.dtype);
     check_rows_contiguous(kOp, arg, *t);
-    check_device(kOp, arg, *t, a.k.device);
+    check_device(kOp, arg, *t, a.k_cache.device);
   }
-  check_device(kOp, "slot_mapping", a.slot_mapping, a.k.device);
+  check_device(kOp, "slot_mapping", a.slot_mapping, a.k_cache.device);
   const std::vector<int64_t> slots = checked_slots(a);
 
   // A task copies some 64 KiB.

@@ -40,13 +40,14 @@ struct KeyBlock {
   int64_t begin = 0, count = 0;
   bool gaps = false;  // a null among them
 
-  void locate(const Problem& p, int64_t b, int64_t first, int64_t n) {
+  // kv_head matters only where heads have index lists of their own.
+  void locate(const Problem& p, int64_t b, int64_t kv_head, int64_t first, int64_t n) {
     begin = first;
     count = n;
     gaps = n < kBlockKeys;
     const T* k_data = reinterpret_cast<const T*>(p.k.data);
     const T* v_data = reinterpret_cast<const T*>(p.v.data);
-    for_each_key(p, b, first, n, [&](int64_t i, int64_t outer, int64_t token) {
+    for_each_key(p, b, kv_head, first, n, [&](int64_t i, int64_t outer, int64_t token) {
       const bool absent = outer < 0;
       gaps |= absent;
       k[i] = absent ? nullptr : k_data + outer * p.k.outer_stride + token * p.k.token_stride;

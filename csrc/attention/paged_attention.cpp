@@ -11,8 +11,6 @@ namespace memkernels::attention {
 
 namespace {
 
-constexpr char kOp[] = "paged_attention";
-
 // Split length for a row: 256 * 2^n, the smallest that gives at most 32 splits of its own length.
 int64_t split_length(int64_t kv_len) {
   int64_t length = 256;
@@ -39,7 +37,8 @@ std::vector<SequenceTasks> cut(const Problem& p, int64_t workers, ForwardJob& jo
   // Heads of one token lie side by side (NHD) or apart (HND). Side by side, a task takes several,
   // to read whole pages; but never so many that workers are left without a task, and only heads
   // that see the same keys.
-  const bool together = p.k.head_stride < p.k.token_stride && p.same_window;
+  const bool same_keys = p.same_window && p.indices.head_stride == 0;
+  const bool together = p.k.head_stride < p.k.token_stride && same_keys;
   for (int64_t b = 0; b < p.num_sequences; ++b) {
     const Sequence& s = p.sequences[b];
     SequenceTasks& t = tasks[b];
@@ -64,7 +63,7 @@ std::vector<SequenceTasks> cut(const Problem& p, int64_t workers, ForwardJob& jo
 
 void paged_attention(const PagedAttentionArgs& args, const Context& ctx) {
   Plan plan;
-  make_plan(kOp, args, plan);
+  make_plan(given(args.indices) ? "gather_attention" : "paged_attention", args, plan);
   const Problem& p = plan.problem;
   if (plan.total_q == 0 || p.num_heads == 0) return;
 

@@ -1,4 +1,5 @@
-// Attention of queries over a paged, contiguous or packed KV cache, forward and backward.
+// Attention of queries over a paged, contiguous or packed KV cache, forward and backward: over all
+// visible keys of the sequence (paged_attention), or over listed pages or tokens (gather_attention).
 #pragma once
 
 #include "core/context.h"
@@ -16,8 +17,10 @@ struct PagedAttentionArgs {
   TensorView cu_seqlens_q;  // [B + 1]; absent: one query a sequence
   TensorView cu_seqlens_k;  // [B + 1]: packed K and V
   TensorView head_window;   // [Hkv] or absent
+  TensorView indices;       // [total_q, Hkv or 1, K]: what gather_attention reads, else absent
   TensorView key_bias;      // k_cache's shape without D, or absent
   TensorView sink_logit;    // [Hq] or absent
+  bool index_pages = true;  // indices name pages, else tokens
   double scale = 1.0;
   bool causal = true;
   int64_t window = -1;  // -1: none

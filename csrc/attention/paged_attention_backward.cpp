@@ -13,8 +13,6 @@ namespace memkernels::attention {
 
 namespace {
 
-constexpr char kOp[] = "paged_attention_backward";
-
 // Keys a task: 2048 * 2^n, the smallest that gives at most 8 chunks, so that one long sequence
 // keeps several cores busy at the price of at most 8 partial dq.
 int64_t chunk_length(int64_t kv_len) {
@@ -45,21 +43,26 @@ std::vector<BackwardTasks> cut(const Problem& p, BackwardJob& job, int64_t& dq_s
   return tasks;
 }
 
-// Slot of every page that the batch uses more than once, -1 for the others; empty if there is none.
+// Slot of every page (or row of contiguous K and V) that one head reads more than once, -1 for the
+// others; empty if there is none.
 std::vector<int32_t> shared_pages(const Problem& p, int64_t num_pages, int64_t& num_shared) {
   std::vector<int32_t> slot;
-  if (p.page_table == nullptr) return slot;
-  std::vector<bool> used(num_pages);
-  for (int64_t b = 0; b < p.num_sequences; ++b) {
-    for (int64_t j = 0; j < p.sequences[b].kv_len; j += p.page_size) {
-      const int64_t page = place_of(p, b, j).outer;
-      if (page < 0) continue;
-      if (!used[page]) {
-        used[page] = true;
-        continue;
+  if (p.page_table == nullptr && p.indices.data == nullptr) return slot;
+  const int64_t lists = p.indices.head_stride == 0 ? 1 : p.num_kv_heads;
+  for (int64_t head = 0; head < lists; ++head) {
+    std::vector<bool> used(num_pages);
+    for (int64_t b = 0; b < p.num_sequences; ++b) {
+      KeyRun run;
+      for (int64_t j = 0; j < p.sequences[b].kv_len; j += run.count) {
+        run = run_at(p, b, head, j, p.sequences[b].kv_len - j);
+        if (run.outer < 0) continue;
+        if (!used[run.outer]) {
+          used[run.outer] = true;
+          continue;
+        }
+        if (slot.empty()) slot.assign(num_pages, -1);
+        if (slot[run.outer] < 0) slot[run.outer] = static_cast<int32_t>(num_shared++);
       }
-      if (slot.empty()) slot.assign(num_pages, -1);
-      if (slot[page] < 0) slot[page] = static_cast<int32_t>(num_shared++);
     }
   }
   return slot;
@@ -84,20 +87,22 @@ void sink_gradient(const Problem& p, const BackwardJob& job, int64_t total_q,
 void paged_attention_backward(const PagedAttentionArgs& args, const PagedAttentionGrads& grads,
                               const Context& ctx) {
   Plan plan;
-  make_plan(kOp, args, plan);
+  const char* op =
+      given(args.indices) ? "gather_attention_backward" : "paged_attention_backward";
+  make_plan(op, args, plan);
   const Problem& p = plan.problem;
   const int64_t total_q = plan.total_q;
   const Dtype wide = p.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
   for (const auto& [arg, t] : {std::pair{"dout", &grads.dout}, {"out", &args.out}}) {
-    check_shape(kOp, arg, *t, "[total_q, Hq, Dv]", {total_q, p.num_heads, p.dim_v});
-    check_dtype(kOp, arg, *t, p.dtype);
-    check_rows_contiguous(kOp, arg, *t);
+    check_shape(op, arg, *t, "[total_q, Hq, Dv]", {total_q, p.num_heads, p.dim_v});
+    check_dtype(op, arg, *t, p.dtype);
+    check_rows_contiguous(op, arg, *t);
   }
   for (const auto& [arg, t] : {std::pair{"dlse", &grads.dlse}, {"lse", &args.lse}}) {
     if (!given(*t)) continue;
-    check_shape(kOp, arg, *t, "[total_q, Hq]", {total_q, p.num_heads});
-    check_dtype(kOp, arg, *t, wide);
-    check_contiguous(kOp, arg, *t);
+    check_shape(op, arg, *t, "[total_q, Hq]", {total_q, p.num_heads});
+    check_dtype(op, arg, *t, wide);
+    check_contiguous(op, arg, *t);
   }
   if (total_q == 0 || p.num_heads == 0) return;
 

@@ -92,7 +92,7 @@ struct Backward {
     const int64_t end = begin + t.chunk_len < seq.kv_len ? begin + t.chunk_len : seq.kv_len;
     for (int64_t j = begin; j < end; j += kBlockKeys) {
       KeyBlock<T> block;
-      block.locate(p, b, j, end - j < kBlockKeys ? end - j : kBlockKeys);
+      block.locate(p, b, head, j, end - j < kBlockKeys ? end - j : kBlockKeys);
       key_block(b, head, block, dq);
     }
   }
@@ -204,7 +204,7 @@ struct Backward {
 
   void write_keys(int64_t b, int64_t head, const KeyBlock<T>& block) {
     const A scale = static_cast<A>(p.scale);
-    for_each_key(p, b, block.begin, block.count, [&](int64_t i, int64_t outer, int64_t token) {
+    for_each_key(p, b, head, block.begin, block.count, [&](int64_t i, int64_t outer, int64_t token) {
       if (outer < 0) return;
       const A* dk = s.dk + i * pad.dim;
       const A* dv = s.dv + i * pad.dim_v;

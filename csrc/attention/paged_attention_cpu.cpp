@@ -302,7 +302,7 @@ struct Attend {
     for_each_block(seen, clip_begin, clip_end, [&](int64_t first, int64_t count) {
       KeyBlock<T>& block = blocks[next];
       next = 1 - next;
-      block.locate(p, b, first, count);
+      block.locate(p, b, h0, first, count);
       if (current != nullptr) attend_block(*current, &block);
       current = &block;
     });

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "core/check.h"
 
@@ -29,19 +30,74 @@ void check_cumulative(const char* op, const char* arg, const TensorView& t, int6
         index_at(t, batch * t.stride[0]), ", ", rows_of, " has ", total, " rows");
 }
 
-void check_page_table(const char* op, const PagedAttentionArgs& a, const Plan& plan) {
+int64_t pages_for(const PagedAttentionArgs& a, int64_t kv_len) {
+  return (kv_len + a.k_cache.shape[1] - 1) / a.k_cache.shape[1];
+}
+
+void check_page(const char* op, const PagedAttentionArgs& a, int64_t row, int64_t column) {
   const TensorView& table = a.page_table;
-  const int64_t num_pages = a.k_cache.shape[0], page_size = a.k_cache.shape[1];
+  const int64_t page = index_at(table, row * table.stride[0] + column * table.stride[1]);
+  check(page >= -1 && page < a.k_cache.shape[0], op, "page_table[", row, ", ", column, "] = ", page,
+        " is outside [-1, ", a.k_cache.shape[0], ")");
+}
+
+void check_page_table(const char* op, const PagedAttentionArgs& a, const Plan& plan) {
   for (size_t b = 0; b < plan.sequences.size(); ++b) {
-    const int64_t used = (plan.sequences[b].kv_len + page_size - 1) / page_size;
-    check(used <= table.shape[1], op, "seq_lens[", b, "] = ", plan.sequences[b].kv_len, " needs ",
-          used, " pages of ", page_size, ", page_table has ", table.shape[1], " columns");
-    for (int64_t i = 0; i < used; ++i) {
-      const int64_t page = index_at(table, b * table.stride[0] + i * table.stride[1]);
-      check(page >= -1 && page < num_pages, op, "page_table[", b, ", ", i, "] = ", page,
-            " is outside [-1, ", num_pages, ")");
+    const int64_t used = pages_for(a, plan.sequences[b].kv_len);
+    check(used <= a.page_table.shape[1], op, "seq_lens[", b, "] = ", plan.sequences[b].kv_len,
+          " needs ", used, " pages of ", a.k_cache.shape[1], ", page_table has ",
+          a.page_table.shape[1], " columns");
+    if (given(a.indices)) continue;  // what is listed is checked alone
+    for (int64_t i = 0; i < used; ++i) check_page(op, a, b, i);
+  }
+}
+
+// Refuses a list of a query that leaves its sequence; returns how far its stream goes, up to the
+// last key that the query sees.
+int64_t checked_stream(const char* op, const PagedAttentionArgs& a, int64_t query, int64_t list,
+                       const Sequence& s, int64_t unit) {
+  const TensorView& indices = a.indices;
+  const int64_t limit = a.index_pages ? pages_for(a, s.kv_len) : s.kv_len;
+  int64_t length = 0;
+  for (int64_t i = 0; i < indices.shape[2]; ++i) {
+    const int64_t index = index_at(
+        indices, query * indices.stride[0] + list * indices.stride[1] + i * indices.stride[2]);
+    check(index >= -1 && index < limit, op, "indices[", query, ", ", list, ", ", i, "] = ", index,
+          " is outside [-1, ", limit, "), the ", a.index_pages ? "pages" : "tokens",
+          " of sequence ", s.row);
+    const int64_t first = index * unit;
+    if (index < 0 || first >= s.num_visible) continue;
+    if (given(a.page_table)) check_page(op, a, s.row, first / a.k_cache.shape[1]);
+    length = i * unit + std::min(unit, s.num_visible - first);
+  }
+  return length;
+}
+
+// From sequences to queries, each with the stream of keys its lists name.
+void list_keys(const char* op, const PagedAttentionArgs& a, Plan& plan) {
+  const TensorView& indices = a.indices;
+  const int64_t lists = indices.shape[1];
+  const int64_t unit = a.index_pages ? a.k_cache.shape[1] : 1;
+  std::vector<Sequence> queries;
+  for (const Sequence& s : plan.sequences) {
+    for (int64_t i = 0; i < s.num_q; ++i) {
+      Sequence query{s.q_begin + i, 1, s.kv_len, s.kv_begin, s.row, s.kv_len};
+      if (a.causal) query.num_visible = std::max<int64_t>(0, s.kv_len - s.num_q + i + 1);
+      int64_t length = 0;
+      for (int64_t list = 0; list < lists; ++list) {
+        length = std::max(length, checked_stream(op, a, query.q_begin, list, query, unit));
+      }
+      query.kv_len = length;
+      queries.push_back(query);
     }
   }
+  plan.sequences = std::move(queries);
+  plan.problem.indices = {indices.data,
+                          indices.dtype == Dtype::i64,
+                          indices.stride[0],
+                          lists == 1 ? 0 : indices.stride[1],
+                          indices.stride[2],
+                          unit};
 }
 
 }  // namespace
@@ -140,6 +196,14 @@ void make_plan(const char* op, const PagedAttentionArgs& a, Plan& plan) {
     check_optional_index(op, "seq_lens", a.seq_lens, device);
   }
 
+  if (given(a.indices)) {
+    check(a.indices.ndim == 3 && a.indices.shape[0] == total_q &&
+              (a.indices.shape[1] == kv_heads || a.indices.shape[1] == 1),
+          op, "indices must be [total_q, Hkv, K] or [total_q, 1, K] with total_q = ", total_q,
+          " and Hkv = ", kv_heads, ", got ", shape_of(a.indices));
+    check_optional_index(op, "indices", a.indices, device);
+    check(paged || !a.index_pages, op, "unit must be token without a page_table, got page");
+  }
   if (given(a.head_window)) {
     check_shape(op, "window", a.head_window, "[Hkv]", {kv_heads});
     check_optional_index(op, "window", a.head_window, device);
@@ -171,6 +235,7 @@ void make_plan(const char* op, const PagedAttentionArgs& a, Plan& plan) {
     };
     s.q_begin = given(a.cu_seqlens_q) ? at(a.cu_seqlens_q, 0) : b;
     s.num_q = given(a.cu_seqlens_q) ? at(a.cu_seqlens_q, 1) - s.q_begin : 1;
+    s.row = b;
     s.kv_begin = packed ? at(a.cu_seqlens_k, 0) : 0;
     s.kv_len = packed              ? at(a.cu_seqlens_k, 1) - s.kv_begin
                : given(a.seq_lens) ? at(a.seq_lens, 0)
@@ -182,6 +247,7 @@ void make_plan(const char* op, const PagedAttentionArgs& a, Plan& plan) {
           " is less than the length ", s.kv_len, " of sequence ", b);
   }
   if (paged) check_page_table(op, a, plan);
+  if (given(a.indices)) list_keys(op, a, plan);
 
   plan.window.assign(kv_heads, a.window < 0 ? kNoWindow : a.window);
   if (given(a.head_window)) {
@@ -226,7 +292,7 @@ void make_plan(const char* op, const PagedAttentionArgs& a, Plan& plan) {
                               [&](int64_t w) { return w == plan.window[0]; });
   p.sink_logit = plan.sink_logit.empty() ? nullptr : plan.sink_logit.data();
   p.sequences = plan.sequences.data();
-  p.num_sequences = batch;
+  p.num_sequences = static_cast<int64_t>(plan.sequences.size());
 }
 
 }  // namespace memkernels::attention

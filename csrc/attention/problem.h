@@ -14,11 +14,23 @@ struct Rows {
   int64_t head_stride = 0;
 };
 
+// Queries that attend to the same stream of keys: those of a sequence; or, with lists of indices, a
+// single one, whose stream is the tokens of the listed pages, or the listed tokens, in that order.
 struct Sequence {
   int64_t q_begin;  // first row of q
   int64_t num_q;
-  int64_t kv_len;
-  int64_t kv_begin;  // first token of the packed K and V, else 0
+  int64_t kv_len;       // of the stream
+  int64_t kv_begin;     // first token of the packed K and V, else 0
+  int64_t row;          // of the page table, or of contiguous K and V
+  int64_t num_visible;  // with indices: tokens of the sequence that the query sees
+};
+
+// Integers [total_q, Hkv or 1, K].
+struct IndexLists {
+  const void* data = nullptr;
+  bool wide = false;  // int64, else int32
+  int64_t query_stride = 0, head_stride = 0, stride = 0;  // head_stride 0: the same for all heads
+  int64_t unit = 1;                                       // tokens an index stands for
 };
 
 struct Problem {
@@ -31,6 +43,7 @@ struct Problem {
   int64_t table_row_stride, table_stride;
   int64_t page_size;  // tokens an outer index covers
   bool packed;
+  IndexLists indices;  // no data: sequences are read from their beginning
   double scale, softcap;
   bool causal;
   int64_t sink_tokens;
@@ -62,30 +75,46 @@ inline KeyRange visible_keys(const Problem& p, int64_t kv_head, int64_t L, int64
   return {p.sink_tokens < begin ? p.sink_tokens : begin, begin, end};
 }
 
-// Where key j of sequence b lies: outer index (-1: an absent page) and token within it.
-struct KeyPlace {
-  int64_t outer, token;
-};
-
-inline KeyPlace place_of(const Problem& p, int64_t b, int64_t j) {
-  if (p.packed) return {0, p.sequences[b].kv_begin + j};
-  if (p.page_table == nullptr) return {b, j};
-  const int64_t at = b * p.table_row_stride + j / p.page_size * p.table_stride;
-  const int64_t page = p.wide_table ? static_cast<const int64_t*>(p.page_table)[at]
-                                    : static_cast<const int32_t*>(p.page_table)[at];
-  return {page, j % p.page_size};
+inline int64_t integer_at(const void* data, bool wide, int64_t at) {
+  return wide ? static_cast<const int64_t*>(data)[at] : static_cast<const int32_t*>(data)[at];
 }
 
-// Calls visit(i, outer, token) for the keys j0 + i, i in [0, n); one table read a page.
+// Consecutive keys of a stream that lie one behind the other: outer index (-1: there are none),
+// first token within it, and how many.
+struct KeyRun {
+  int64_t outer, token, count;
+};
+
+// The run that begins at key j of a sequence's stream; at most n keys.
+inline KeyRun run_at(const Problem& p, int64_t b, int64_t kv_head, int64_t j, int64_t n) {
+  const Sequence& s = p.sequences[b];
+  if (p.packed) return {0, s.kv_begin + j, n};
+  if (p.indices.data != nullptr) {
+    const IndexLists& lists = p.indices;
+    const int64_t skip = j % lists.unit;
+    const int64_t index =
+        integer_at(lists.data, lists.wide,
+                   b * lists.query_stride + kv_head * lists.head_stride + j / lists.unit * lists.stride);
+    if (n > lists.unit - skip) n = lists.unit - skip;
+    j = index * lists.unit + skip;
+    if (index < 0 || j >= s.num_visible) return {-1, 0, n};
+    if (n > s.num_visible - j) n = s.num_visible - j;
+  }
+  if (p.page_table == nullptr) return {s.row, j, n};
+  const int64_t token = j % p.page_size;
+  const int64_t page = integer_at(p.page_table, p.wide_table,
+                                  s.row * p.table_row_stride + j / p.page_size * p.table_stride);
+  return {page, token, n < p.page_size - token ? n : p.page_size - token};
+}
+
+// Calls visit(i, outer, token) for the keys j0 + i, i in [0, n), of a stream; one table read a run.
 template <class Visit>
-inline void for_each_key(const Problem& p, int64_t b, int64_t j0, int64_t n, const Visit& visit) {
-  int64_t i = 0;
-  while (i < n) {
-    const KeyPlace place = place_of(p, b, j0 + i);
-    int64_t run = n - i;
-    if (p.page_table != nullptr && run > p.page_size - place.token) run = p.page_size - place.token;
-    for (int64_t t = 0; t < run; ++t) visit(i + t, place.outer, place.token + t);
-    i += run;
+inline void for_each_key(const Problem& p, int64_t b, int64_t kv_head, int64_t j0, int64_t n,
+                         const Visit& visit) {
+  for (int64_t i = 0; i < n;) {
+    const KeyRun run = run_at(p, b, kv_head, j0 + i, n - i);
+    for (int64_t t = 0; t < run.count; ++t) visit(i + t, run.outer, run.token + t);
+    i += run.count;
   }
 }
 

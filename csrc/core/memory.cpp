@@ -1,10 +1,15 @@
 #include "core/memory.h"
 
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#endif
+#if defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #include "core/check.h"
@@ -21,6 +26,27 @@ void advise_huge_pages(void* data, size_t bytes) {
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;
+#endif
+}
+
+void copy_around_caches(void* to, const void* from, size_t bytes) {
+#if defined(__SSE2__)
+  constexpr size_t kLine = 64;
+  if (reinterpret_cast<uintptr_t>(to) % kLine == 0 && bytes % kLine == 0) {
+    auto* target = static_cast<__m128i*>(to);
+    const auto* source = static_cast<const __m128i*>(from);
+    for (size_t i = 0; i < bytes / sizeof(__m128i); ++i) {
+      _mm_stream_si128(target + i, _mm_loadu_si128(source + i));
+    }
+    return;
+  }
+#endif
+  std::memcpy(to, from, bytes);
+}
+
+void finish_copies_around_caches() {
+#if defined(__SSE2__)
+  _mm_sfence();
 #endif
 }
 

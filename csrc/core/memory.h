@@ -21,6 +21,11 @@ struct ReleaseWorkspace {
   void operator()(void* p) const;
 };
 
+// A copy that does not read what it overwrites, for large targets that are not needed again soon;
+// finished for other threads after finish_copies_around_caches().
+void copy_around_caches(void* to, const void* from, size_t bytes);
+void finish_copies_around_caches();
+
 // Uninitialised, aligned to kAlignment; raises Error when the system has no memory left. A thread
 // keeps its last workspace of up to 16 MiB for its next call, since fresh pages cost more than a
 // small kernel.

@@ -6,6 +6,9 @@ from memkernels import _library
 from memkernels._C import __version__
 from memkernels.attention import (
     append_kv,
+    compact_kv,
+    copy_pages,
+    gather_attention,
     lse_from_log2,
     lse_to_log2,
     merge_states,
@@ -15,6 +18,9 @@ from memkernels.attention import (
 __all__ = [
     "__version__",
     "append_kv",
+    "compact_kv",
+    "copy_pages",
+    "gather_attention",
     "lse_from_log2",
     "lse_to_log2",
     "merge_states",

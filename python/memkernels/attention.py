@@ -122,6 +122,79 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
+def gather_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    indices: Tensor,
+    page_table: Tensor | None = None,
+    seq_lens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    *,
+    unit: str = "page",
+    scale: float | None = None,
+    causal: bool = True,
+    softcap: float = 0.0,
+    key_bias: Tensor | None = None,
+    sink_logit: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of each query over the pages or tokens listed for it.
+
+    The attention of systems that select their keys: Quest (Tang et al., 2024), NSA (Yuan et al.,
+    2025), MoBA (Lu et al., 2025) by pages; DeepSeek sparse attention and RetrievalAttention (Liu
+    et al., 2024) by tokens.
+
+    Lists are logical: the n-th page or token of the query's own sequence, found through the page
+    table, so that they outlive forks and moves. Everything else (layouts, positions, logits,
+    results) is as in `paged_attention`, which this equals when every page is listed in order: bit
+    for bit with one query a sequence, else up to rounding.
+
+    Args:
+        q: ``[total_q, Hq, D]``; float32, bfloat16, float16, or float64 on the CPU.
+        k_cache, v_cache: ``[num_pages, page_size, Hkv, D]`` and ``[..., Dv]``, dtype of ``q``; or
+            contiguous ``[B, Lmax, Hkv, D]`` with ``page_table=None`` and ``unit="token"``.
+        indices: ``[total_q, Hkv, K]`` integers, or ``[total_q, 1, K]`` for all heads alike. -1 is
+            skipped, a duplicate counts each time. A page is cut at the sequence's length and, when
+            causal, at the query's position.
+        page_table: ``[B, max_pages]`` integers; only listed entries are read. -1 is an absent page,
+            whose tokens are skipped.
+        seq_lens: ``[B]`` integers, tokens in the cache including the new ones.
+        cu_seqlens_q: ``[B + 1]`` offsets of each sequence's queries; None: one query a sequence.
+        unit: what an index names, "page" or "token".
+        scale, causal, softcap, key_bias, sink_logit, return_lse: as in `paged_attention`.
+
+    Returns:
+        ``out [total_q, Hq, Dv]``, or ``(out, lse)``, as `paged_attention` does.
+
+    Differentiable once in q, k_cache, v_cache, key_bias, sink_logit; lse carries gradient.
+    Deterministic; neither other queries nor padding a list with -1 change a bit. Under autocast,
+    q is cast to the dtype of the cache with a page table, else all go to the autocast dtype.
+
+    Raises:
+        RuntimeError: on any shape, dtype, stride, length or index that contradicts the above,
+            naming the argument; nothing has been computed then.
+    """
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if _library.use_fallback(q, "gather_attention"):
+        out, lse = fallback.gather_attention(
+            q, k_cache, v_cache, indices, page_table, seq_lens, cu_seqlens_q, unit=unit,
+            scale=scale, causal=causal, softcap=softcap, key_bias=key_bias, sink_logit=sink_logit,
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
+    tensors = (
+        q, k_cache, v_cache, indices, page_table, seq_lens, cu_seqlens_q, key_bias, sink_logit,
+    )  # fmt: skip
+    options = {"unit": unit, "scale": scale, "causal": causal, "softcap": softcap}
+    if _library.below_autograd(q, k_cache, v_cache, key_bias, sink_logit):
+        with _BelowAutograd():
+            out, lse = _gather_attention(*tensors, **options)
+    else:
+        out, lse = _gather_attention(*tensors, **options)
+    return (out, lse) if return_lse else out
+
+
 def merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """Merges attention over disjoint sets of keys into attention over their union.
 
@@ -170,6 +243,69 @@ def append_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappi
         _append_kv(k, v, k_cache, v_cache, slot_mapping)
 
 
+def copy_pages(k_cache: Tensor, v_cache: Tensor, pairs: Tensor) -> None:
+    """Copies whole pages of a paged cache onto others, in place: copy-on-write of shared pages.
+
+    Args:
+        k_cache, v_cache: ``[num_pages, page_size, Hkv, D]`` and ``[..., Dv]``, any strides.
+        pairs: ``[n, 2]`` integers, source and destination page; -1 in either skips the pair.
+
+    Not differentiable. Raises RuntimeError on mismatched shapes or dtypes, on a page outside the
+    cache, on a destination given twice or a page that is both source and destination (on the CPU;
+    the caller's duty on CUDA), and under grad mode if a cache requires grad; the caches are
+    unchanged then.
+    """
+    tensors = {"k_cache": k_cache, "v_cache": v_cache}
+    if _library.use_fallback(k_cache, "copy_pages"):
+        _library.no_gradient("copy_pages", tensors)
+        fallback.copy_pages(k_cache, v_cache, pairs)
+    elif _library.below_autograd(*tensors.values()):
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            _copy_pages(k_cache, v_cache, pairs)
+        _library.bump_versions(k_cache, v_cache)
+    else:
+        _copy_pages(k_cache, v_cache, pairs)
+
+
+def compact_kv(
+    k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor, keep: Tensor
+) -> Tensor:
+    """Keeps chosen tokens of each sequence and KV head and drops the others, in place.
+
+    The eviction step of H2O (Zhang et al., 2023), SnapKV (Li et al., 2024) and their kin: the
+    kept tokens of a head move, in their order, to positions ``0, 1, ...`` of the sequence. What
+    lies behind them is unspecified; giving back pages is the caller's business.
+
+    Args:
+        k_cache, v_cache: ``[num_pages, page_size, Hkv, D]`` and ``[..., Dv]``, any strides; V may
+            be a slice of K's rows, which then move once.
+        page_table: ``[B, max_pages]`` integers; the first ``ceil(L / page_size)`` entries of a row
+            are used.
+        seq_lens: ``[B]`` integers.
+        keep: ``[B, Hkv, K]`` integers, or ``[B, 1, K]`` for all heads alike: tokens of the
+            sequence in rising order, then -1. All heads of a sequence keep equally many; for
+            unequal budgets, treat heads as sequences (``Hkv`` = 1).
+
+    Returns:
+        ``[B]``, how many tokens each sequence has now, in the dtype of ``seq_lens``.
+
+    Not differentiable. Raises RuntimeError on mismatched shapes or dtypes, on tokens outside the
+    sequence, out of order or on an absent page, on heads that keep different numbers, on a page
+    in use twice (copy shared pages first, see `copy_pages`), and under grad mode if a cache
+    requires grad; the caches are unchanged then.
+    """
+    tensors = {"k_cache": k_cache, "v_cache": v_cache}
+    if _library.use_fallback(k_cache, "compact_kv"):
+        _library.no_gradient("compact_kv", tensors)
+        return fallback.compact_kv(k_cache, v_cache, page_table, seq_lens, keep)
+    if not _library.below_autograd(*tensors.values()):
+        return _compact_kv(k_cache, v_cache, page_table, seq_lens, keep)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        new_seq_lens = _compact_kv(k_cache, v_cache, page_table, seq_lens, keep)
+    _library.bump_versions(k_cache, v_cache)
+    return new_seq_lens
+
+
 def lse_to_log2(lse: Tensor) -> Tensor:
     """Natural-log lse to base 2, the convention of FlashInfer."""
     return lse / _LN2
@@ -184,10 +320,12 @@ def lse_from_log2(lse: Tensor) -> Tensor:
 
 _ops = torch.ops.memkernels
 _paged_attention = _ops.paged_attention.default
-_paged_attention_backward = _ops.paged_attention_backward.default
+_gather_attention = _ops.gather_attention.default
 _merge_states = _ops.merge_states.default
 _merge_states_backward = _ops.merge_states_backward.default
 _append_kv = _ops.append_kv.default
+_copy_pages = _ops.copy_pages.default
+_compact_kv = _ops.compact_kv.default
 
 _lib = _library.library
 
@@ -200,43 +338,48 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-@torch.library.register_fake("memkernels::paged_attention", lib=_lib)
-def _(q, k_cache, v_cache, *args, **options):
-    out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[-1])
-    return out, q.new_empty(q.shape[0], q.shape[1], dtype=_lse_dtype(q.dtype))
+def _register_attention(op, differentiable: tuple[str, ...]) -> None:
+    """Fake and autograd of an op ``(q, k_cache, v_cache, ...) -> (out, lse)``; its backward's
+    ``needs`` has a bit for each argument of ``differentiable``, in which order gradients return."""
+    backward = getattr(_ops, op._schema.name.removeprefix("memkernels::") + "_backward").default
+    names = [argument.name for argument in op._schema.arguments]
+    places = [names.index(name) for name in differentiable]
 
+    def fake(q, k_cache, v_cache, *args, **options):
+        out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[-1])
+        return out, q.new_empty(q.shape[0], q.shape[1], dtype=_lse_dtype(q.dtype))
 
-@torch.library.register_fake("memkernels::paged_attention_backward", lib=_lib)
-def _(dout, dlse, out, lse, q, k_cache, v_cache, *args, needs, **options):
-    key_bias, sink_logit = args[5], args[6]
-    inputs = (q, k_cache, v_cache, key_bias, sink_logit)
-    return tuple(
-        t.new_empty(t.shape) if needs >> i & 1 else q.new_empty(0) for i, t in enumerate(inputs)
-    )
+    def fake_backward(dout, dlse, out, lse, *inputs, needs, **options):
+        return tuple(
+            inputs[i].new_empty(inputs[i].shape) if needs >> bit & 1 else dout.new_empty(0)
+            for bit, i in enumerate(places)
+        )
 
+    def context(ctx, inputs, keyword_only_inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *output)
+        ctx.options = keyword_only_inputs
 
-def _paged_attention_context(ctx, inputs, keyword_only_inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, *output)
-    ctx.options = keyword_only_inputs
-
-
-def _paged_attention_grad(ctx, dout, dlse):
-    *inputs, out, lse = ctx.saved_tensors
-    differentiable = (0, 1, 2, 8, 9)  # q, k_cache, v_cache, key_bias, sink_logit
-    needs = sum(1 << bit for bit, i in enumerate(differentiable) if ctx.needs_input_grad[i])
-    grads: list[Tensor | None] = [None] * len(inputs)
-    if (dout is None and dlse is None) or not needs:
+    def gradient(ctx, dout, dlse):
+        *inputs, out, lse = ctx.saved_tensors
+        needs = sum(1 << bit for bit, i in enumerate(places) if ctx.needs_input_grad[i])
+        grads: list[Tensor | None] = [None] * len(inputs)
+        if (dout is None and dlse is None) or not needs:
+            return tuple(grads)
+        dout = torch.zeros_like(out) if dout is None else dout.contiguous()
+        computed = backward(dout, _contiguous(dlse), out, lse, *inputs, needs=needs, **ctx.options)
+        for bit, i in enumerate(places):
+            if ctx.needs_input_grad[i]:
+                grads[i] = computed[bit]
         return tuple(grads)
-    if dout is None:
-        dout = torch.zeros_like(out)
-    computed = _paged_attention_backward(
-        dout.contiguous(), _contiguous(dlse), out, lse, *inputs, needs=needs, **ctx.options
-    )
-    for bit, i in enumerate(differentiable):
-        if ctx.needs_input_grad[i]:
-            grads[i] = computed[bit]
-    return tuple(grads)
+
+    torch.library.register_fake(op._schema.name, fake, lib=_lib)
+    torch.library.register_fake(backward._schema.name, fake_backward, lib=_lib)
+    torch.library.register_autograd(op._schema.name, gradient, setup_context=context, lib=_lib)
+
+
+for _attention in (_paged_attention, _gather_attention):
+    _register_attention(_attention, ("q", "k_cache", "v_cache", "key_bias", "sink_logit"))
 
 
 @torch.library.register_fake("memkernels::merge_states", lib=_lib)
@@ -265,22 +408,27 @@ def _merge_states_grad(ctx, dout, dlse):
 
 
 torch.library.register_autograd(
-    _paged_attention._name,
-    _paged_attention_grad,
-    setup_context=_paged_attention_context,
-    lib=_lib,
-)
-torch.library.register_autograd(
     _merge_states._name, _merge_states_grad, setup_context=_merge_states_context, lib=_lib
 )
-_library.once_differentiable("paged_attention")
-_library.once_differentiable("merge_states")
-_library.in_place("append_kv", mutated=("k_cache", "v_cache"))
+for _op in ("paged_attention", "gather_attention", "merge_states"):
+    _library.once_differentiable(_op)
+for _op in ("append_kv", "copy_pages", "compact_kv"):
+    _library.in_place(_op, mutated=("k_cache", "v_cache"))
 
 
 @torch.library.register_fake("memkernels::append_kv", lib=_lib)
 def _(k, v, k_cache, v_cache, slot_mapping):
     return None
+
+
+@torch.library.register_fake("memkernels::copy_pages", lib=_lib)
+def _(k_cache, v_cache, pairs):
+    return None
+
+
+@torch.library.register_fake("memkernels::compact_kv", lib=_lib)
+def _(k_cache, v_cache, page_table, seq_lens, keep):
+    return torch.empty_like(seq_lens, memory_format=torch.contiguous_format)
 
 
 def _cast_paged_attention(dtype, q, k_cache, v_cache, page_table, *args, **options):
@@ -291,3 +439,11 @@ def _cast_paged_attention(dtype, q, k_cache, v_cache, page_table, *args, **optio
 
 
 _library.register_autocast("paged_attention", _cast_paged_attention)
+
+
+def _cast_gather_attention(dtype, q, k_cache, v_cache, indices, *args, **options):
+    cast, options = _cast_paged_attention(dtype, q, k_cache, v_cache, *args, **options)
+    return (*cast[:3], indices, *cast[3:]), options
+
+
+_library.register_autocast("gather_attention", _cast_gather_attention)

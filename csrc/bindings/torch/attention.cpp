@@ -1,7 +1,11 @@
 // Torch ops of the attention family: schemas and adapters.
 #include "attention/paged_attention.h"
 
+#include <string>
+
 #include "attention/append_kv.h"
+#include "attention/compact_kv.h"
+#include "attention/copy_pages.h"
 #include "attention/merge_states.h"
 #include "bindings/torch/convert.h"
 #include "core/check.h"
@@ -45,17 +49,22 @@ PagedAttentionArgs paged_attention_args(
   return a;
 }
 
-std::tuple<Tensor, Tensor> paged_attention(
-    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& page_table,
-    const OptionalTensor& seq_lens, const OptionalTensor& cu_seqlens_q,
-    const OptionalTensor& cu_seqlens_k, const OptionalTensor& head_window,
-    const OptionalTensor& key_bias, const OptionalTensor& sink_logit, double scale, bool causal,
-    std::optional<int64_t> window, int64_t sink_tokens, double softcap,
-    std::optional<int64_t> max_seqlen) {
-  constexpr char op[] = "paged_attention";
+PagedAttentionArgs gather_attention_args(
+    const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+    const Tensor& indices, const OptionalTensor& page_table, const OptionalTensor& seq_lens,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& key_bias,
+    const OptionalTensor& sink_logit, const std::string& unit, double scale, bool causal,
+    double softcap) {
   PagedAttentionArgs a = paged_attention_args(
-      op, q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, cu_seqlens_k, head_window,
-      key_bias, sink_logit, scale, causal, window, sink_tokens, softcap, max_seqlen);
+      op, q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, std::nullopt, std::nullopt,
+      key_bias, sink_logit, scale, causal, std::nullopt, 0, softcap, std::nullopt);
+  check(unit == "page" || unit == "token", op, "unit must be page or token, got ", unit);
+  a.indices = view(op, "indices", indices);
+  a.index_pages = unit == "page";
+  return a;
+}
+
+std::tuple<Tensor, Tensor> run_forward(const char* op, PagedAttentionArgs& a) {
   check(a.q.ndim == 3, op, "q must be [total_q, Hq, D], got ", shape_of(a.q));
   check(a.v_cache.ndim >= 1, op, "v_cache must have a head dimension");
   check_floating(op, "q", a.q);
@@ -67,19 +76,38 @@ std::tuple<Tensor, Tensor> paged_attention(
   return {out, lse};
 }
 
-// Bits of `needs`: q, k_cache, v_cache, key_bias, sink_logit. What is not needed comes back empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> paged_attention_backward(
-    const Tensor& dout, const OptionalTensor& dlse, const Tensor& out, const Tensor& lse,
+std::tuple<Tensor, Tensor> paged_attention(
     const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& page_table,
     const OptionalTensor& seq_lens, const OptionalTensor& cu_seqlens_q,
     const OptionalTensor& cu_seqlens_k, const OptionalTensor& head_window,
-    const OptionalTensor& key_bias, const OptionalTensor& sink_logit, int64_t needs, double scale,
-    bool causal, std::optional<int64_t> window, int64_t sink_tokens, double softcap,
+    const OptionalTensor& key_bias, const OptionalTensor& sink_logit, double scale, bool causal,
+    std::optional<int64_t> window, int64_t sink_tokens, double softcap,
     std::optional<int64_t> max_seqlen) {
-  constexpr char op[] = "paged_attention_backward";
+  constexpr char op[] = "paged_attention";
   PagedAttentionArgs a = paged_attention_args(
       op, q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, cu_seqlens_k, head_window,
       key_bias, sink_logit, scale, causal, window, sink_tokens, softcap, max_seqlen);
+  return run_forward(op, a);
+}
+
+std::tuple<Tensor, Tensor> gather_attention(
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& indices,
+    const OptionalTensor& page_table, const OptionalTensor& seq_lens,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& key_bias,
+    const OptionalTensor& sink_logit, std::string unit, double scale, bool causal, double softcap) {
+  constexpr char op[] = "gather_attention";
+  PagedAttentionArgs a =
+      gather_attention_args(op, q, k_cache, v_cache, indices, page_table, seq_lens, cu_seqlens_q,
+                            key_bias, sink_logit, unit, scale, causal, softcap);
+  return run_forward(op, a);
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Bits of `needs`: q, k_cache, v_cache, key_bias, sink_logit. What is not needed comes back empty.
+Gradients run_backward(const char* op, PagedAttentionArgs& a, const Tensor& dout,
+                       const OptionalTensor& dlse, const Tensor& out, const Tensor& lse,
+                       int64_t needs) {
   a.out = view(op, "out", out);
   a.lse = view(op, "lse", lse);
   attention::PagedAttentionGrads g;
@@ -98,6 +126,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> paged_attention_backward(
   Tensor dsink_logit = gradient(4, a.sink_logit, true, g.dsink_logit);
   attention::paged_attention_backward(a, g, cpu_context());
   return {dq, dk, dv, dkey_bias, dsink_logit};
+}
+
+Gradients paged_attention_backward(
+    const Tensor& dout, const OptionalTensor& dlse, const Tensor& out, const Tensor& lse,
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& page_table,
+    const OptionalTensor& seq_lens, const OptionalTensor& cu_seqlens_q,
+    const OptionalTensor& cu_seqlens_k, const OptionalTensor& head_window,
+    const OptionalTensor& key_bias, const OptionalTensor& sink_logit, int64_t needs, double scale,
+    bool causal, std::optional<int64_t> window, int64_t sink_tokens, double softcap,
+    std::optional<int64_t> max_seqlen) {
+  constexpr char op[] = "paged_attention_backward";
+  PagedAttentionArgs a = paged_attention_args(
+      op, q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, cu_seqlens_k, head_window,
+      key_bias, sink_logit, scale, causal, window, sink_tokens, softcap, max_seqlen);
+  return run_backward(op, a, dout, dlse, out, lse, needs);
+}
+
+Gradients gather_attention_backward(
+    const Tensor& dout, const OptionalTensor& dlse, const Tensor& out, const Tensor& lse,
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& indices,
+    const OptionalTensor& page_table, const OptionalTensor& seq_lens,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& key_bias,
+    const OptionalTensor& sink_logit, int64_t needs, std::string unit, double scale, bool causal,
+    double softcap) {
+  constexpr char op[] = "gather_attention_backward";
+  PagedAttentionArgs a =
+      gather_attention_args(op, q, k_cache, v_cache, indices, page_table, seq_lens, cu_seqlens_q,
+                            key_bias, sink_logit, unit, scale, causal, softcap);
+  return run_backward(op, a, dout, dlse, out, lse, needs);
 }
 
 attention::MergeStatesArgs merge_states_args(const char* op, const Tensor& outs,
@@ -152,6 +209,30 @@ void append_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Te
   attention::append_kv(a, cpu_context());
 }
 
+void copy_pages(const Tensor& k_cache, const Tensor& v_cache, const Tensor& pairs) {
+  constexpr char op[] = "copy_pages";
+  attention::CopyPagesArgs a;
+  a.k_cache = view(op, "k_cache", k_cache);
+  a.v_cache = view(op, "v_cache", v_cache);
+  a.pairs = view(op, "pairs", pairs);
+  attention::copy_pages(a, cpu_context());
+}
+
+Tensor compact_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& page_table,
+                  const Tensor& seq_lens, const Tensor& keep) {
+  constexpr char op[] = "compact_kv";
+  attention::CompactKvArgs a;
+  a.k_cache = view(op, "k_cache", k_cache);
+  a.v_cache = view(op, "v_cache", v_cache);
+  a.page_table = view(op, "page_table", page_table);
+  a.seq_lens = view(op, "seq_lens", seq_lens);
+  a.keep = view(op, "keep", keep);
+  Tensor new_seq_lens = empty_like(a.seq_lens);
+  a.new_seq_lens = view(op, "new_seq_lens", new_seq_lens);
+  attention::compact_kv(a, cpu_context());
+  return new_seq_lens;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(memkernels, m) {
@@ -167,6 +248,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memkernels, m) {
       "Tensor? sink_logit, *, int needs, float scale, bool causal=True, int? window=None, "
       "int sink_tokens=0, float softcap=0.0, int? max_seqlen=None) "
       "-> (Tensor dq, Tensor dk_cache, Tensor dv_cache, Tensor dkey_bias, Tensor dsink_logit)");
+  m.def(
+      "gather_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor indices, "
+      "Tensor? page_table, Tensor? seq_lens, Tensor? cu_seqlens_q, Tensor? key_bias, "
+      "Tensor? sink_logit, *, str unit, float scale, bool causal=True, float softcap=0.0) "
+      "-> (Tensor out, Tensor lse)");
+  m.def(
+      "gather_attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, "
+      "Tensor k_cache, Tensor v_cache, Tensor indices, Tensor? page_table, Tensor? seq_lens, "
+      "Tensor? cu_seqlens_q, Tensor? key_bias, Tensor? sink_logit, *, int needs, str unit, "
+      "float scale, bool causal=True, float softcap=0.0) "
+      "-> (Tensor dq, Tensor dk_cache, Tensor dv_cache, Tensor dkey_bias, Tensor dsink_logit)");
   m.def("merge_states(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)");
   m.def(
       "merge_states_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor outs, "
@@ -174,14 +266,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memkernels, m) {
   m.def(
       "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) "
       "-> ()");
+  m.def("copy_pages(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pairs) -> ()");
+  m.def(
+      "compact_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor page_table, Tensor seq_lens, "
+      "Tensor keep) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(memkernels, CPU, m) {
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
   m.impl("paged_attention_backward", TORCH_BOX(&paged_attention_backward));
+  m.impl("gather_attention", TORCH_BOX(&gather_attention));
+  m.impl("gather_attention_backward", TORCH_BOX(&gather_attention_backward));
   m.impl("merge_states", TORCH_BOX(&merge_states));
   m.impl("merge_states_backward", TORCH_BOX(&merge_states_backward));
   m.impl("append_kv", TORCH_BOX(&append_kv));
+  m.impl("copy_pages", TORCH_BOX(&copy_pages));
+  m.impl("compact_kv", TORCH_BOX(&compact_kv));
 }
 
 }  // namespace memkernels::binding

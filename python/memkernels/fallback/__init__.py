@@ -6,6 +6,20 @@ everywhere when ``MEMKERNELS_BACKEND=torch``. Sums are in float32 (float64 for f
 
 from __future__ import annotations
 
-from memkernels.fallback.attention import append_kv, merge_states, paged_attention
+from memkernels.fallback.attention import (
+    append_kv,
+    compact_kv,
+    copy_pages,
+    gather_attention,
+    merge_states,
+    paged_attention,
+)
 
-__all__ = ["append_kv", "merge_states", "paged_attention"]
+__all__ = [
+    "append_kv",
+    "compact_kv",
+    "copy_pages",
+    "gather_attention",
+    "merge_states",
+    "paged_attention",
+]

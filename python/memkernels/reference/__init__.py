@@ -6,6 +6,20 @@ nothing, and returns every result. Tests hold every backend against these.
 
 from __future__ import annotations
 
-from memkernels.reference.attention import append_kv, merge_states, paged_attention
+from memkernels.reference.attention import (
+    append_kv,
+    compact_kv,
+    copy_pages,
+    gather_attention,
+    merge_states,
+    paged_attention,
+)
 
-__all__ = ["append_kv", "merge_states", "paged_attention"]
+__all__ = [
+    "append_kv",
+    "compact_kv",
+    "copy_pages",
+    "gather_attention",
+    "merge_states",
+    "paged_attention",
+]

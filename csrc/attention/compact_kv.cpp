@@ -1,0 +1,189 @@
+// Token keep[b, h, i] of sequence b and head h moves to position i <= keep[b, h, i]: walking i
+// upwards, nothing is overwritten before it has moved.
+//
+// Cost: the kept tokens are read once and written once. Writes go around the caches, which saves
+// reading what is about to be overwritten.
+#include "attention/compact_kv.h"
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "attention/cache.h"
+#include "core/check.h"
+#include "core/memory.h"
+
+namespace memkernels::attention {
+
+namespace {
+
+constexpr char kOp[] = "compact_kv";
+
+int64_t page_at(const CompactKvArgs& a, int64_t b, int64_t column) {
+  return index_at(a.page_table, b * a.page_table.stride[0] + column * a.page_table.stride[1]);
+}
+
+int64_t length_of(const CompactKvArgs& a, int64_t b) {
+  return index_at(a.seq_lens, b * a.seq_lens.stride[0]);
+}
+
+void check_pages(const CompactKvArgs& a) {
+  const int64_t num_pages = a.k_cache.shape[0], page_size = a.k_cache.shape[1];
+  std::vector<bool> used(num_pages);
+  for (int64_t b = 0; b < a.seq_lens.shape[0]; ++b) {
+    const int64_t length = length_of(a, b), pages = (length + page_size - 1) / page_size;
+    check(length >= 0, kOp, "seq_lens[", b, "] = ", length, " is negative");
+    check(pages <= a.page_table.shape[1], kOp, "seq_lens[", b, "] = ", length, " needs ", pages,
+          " pages of ", page_size, ", page_table has ", a.page_table.shape[1], " columns");
+    for (int64_t i = 0; i < pages; ++i) {
+      const int64_t page = page_at(a, b, i);
+      check(page >= -1 && page < num_pages, kOp, "page_table[", b, ", ", i, "] = ", page,
+            " is outside [-1, ", num_pages, ")");
+      if (page < 0) continue;
+      check(!used[page], kOp, "page_table[", b, ", ", i, "] = ", page,
+            " is in use twice; copy shared pages first");
+      used[page] = true;
+    }
+  }
+}
+
+// What is kept, as [B][heads][K] and how many of each sequence.
+struct Kept {
+  std::vector<int64_t> tokens;
+  std::vector<int64_t> counts;
+};
+
+Kept checked_keep(const CompactKvArgs& a) {
+  const int64_t batch = a.keep.shape[0], heads = a.keep.shape[1], most = a.keep.shape[2];
+  const int64_t page_size = a.k_cache.shape[1];
+  Kept kept;
+  kept.tokens.resize(batch * heads * most);
+  kept.counts.resize(batch);
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t length = length_of(a, b);
+    for (int64_t h = 0; h < heads; ++h) {
+      int64_t* tokens = &kept.tokens[(b * heads + h) * most];
+      int64_t count = 0, last = -1;
+      for (int64_t i = 0; i < most; ++i) {
+        const int64_t token =
+            index_at(a.keep, b * a.keep.stride[0] + h * a.keep.stride[1] + i * a.keep.stride[2]);
+        tokens[i] = token;
+        if (token == -1) continue;
+        check(token >= 0 && token < length, kOp, "keep[", b, ", ", h, ", ", i, "] = ", token,
+              " is outside [-1, ", length, ")");
+        check(count == i && token > last, kOp, "keep[", b, ", ", h, ", ", i, "] = ", token,
+              " must be more than its predecessor, ", i == 0 ? -1 : tokens[i - 1]);
+        check(page_at(a, b, token / page_size) >= 0, kOp, "keep[", b, ", ", h, ", ", i,
+              "] = ", token, " lies on an absent page");
+        last = token;
+        ++count;
+      }
+      if (h == 0) kept.counts[b] = count;
+      check(count == kept.counts[b], kOp, "keep[", b, ", ", h, "] has ", count, " tokens, head 0 ",
+            kept.counts[b]);
+    }
+    for (int64_t i = 0; i < kept.counts[b]; i += page_size) {
+      check(page_at(a, b, i / page_size) >= 0, kOp, "page_table[", b, ", ", i / page_size,
+            "] = -1: kept tokens would move to an absent page");
+    }
+  }
+  return kept;
+}
+
+// True if every row of `inner` lies in the same row of `outer`, so that it moves with it.
+bool moves_with(const TensorView& inner, const TensorView& outer) {
+  for (int i = 0; i < 3; ++i) {
+    if (inner.stride[i] != outer.stride[i]) return false;
+  }
+  const int64_t size = item_size(inner.dtype);
+  const auto begin = reinterpret_cast<uintptr_t>(outer.data);
+  const auto at = reinterpret_cast<uintptr_t>(inner.data);
+  return at >= begin && at + inner.shape[3] * size <= begin + outer.shape[3] * size;
+}
+
+// Tokens of one sequence in one cache, found faster when they are asked for in rising order.
+class TokenFinder {
+ public:
+  TokenFinder(const CompactKvArgs& a, const TensorView& cache, int64_t b)
+      : a_(a), cache_(cache), b_(b) {}
+
+  char* at(int64_t token) {
+    if (token >= end_) {
+      const int64_t page_size = cache_.shape[1], column = token / page_size;
+      end_ = (column + 1) * page_size;
+      const int64_t first = page_at(a_, b_, column) * cache_.stride[0] -
+                            column * page_size * cache_.stride[1];
+      origin_ = first * item_size(cache_.dtype);
+      step_ = cache_.stride[1] * item_size(cache_.dtype);
+    }
+    return static_cast<char*>(cache_.data) + origin_ + token * step_;
+  }
+
+ private:
+  const CompactKvArgs& a_;
+  const TensorView& cache_;
+  const int64_t b_;
+  int64_t end_ = 0, origin_ = 0, step_ = 0;
+};
+
+}  // namespace
+
+void compact_kv(const CompactKvArgs& a, const Context& ctx) {
+  check_caches(kOp, a.k_cache, a.v_cache);
+  check_shape(kOp, "page_table", a.page_table, "[B, max_pages]", {-1, -1});
+  const int64_t batch = a.page_table.shape[0], heads = a.k_cache.shape[2];
+  check_shape(kOp, "seq_lens", a.seq_lens, "[B]", {batch});
+  check_shape(kOp, "keep", a.keep, "[B, Hkv, K]", {batch, -1, -1});
+  const int64_t keep_heads = a.keep.shape[1], most = a.keep.shape[2];
+  check(keep_heads == heads || keep_heads == 1, kOp, "keep must be [B, Hkv, K] or [B, 1, K], got ",
+        shape_of(a.keep), " for ", heads, " heads");
+  check(a.k_cache.shape[1] > 0, kOp, "k_cache has page_size 0");
+  for (const auto& [arg, t] : {std::pair{"page_table", &a.page_table},
+                               {"seq_lens", &a.seq_lens},
+                               {"keep", &a.keep}}) {
+    check_index(kOp, arg, *t);
+    check_device(kOp, arg, *t, a.k_cache.device);
+  }
+  check_pages(a);
+  const Kept kept = checked_keep(a);
+
+  std::vector<const TensorView*> caches;
+  if (!moves_with(a.k_cache, a.v_cache)) caches.push_back(&a.k_cache);
+  if (caches.empty() || !moves_with(a.v_cache, a.k_cache)) caches.push_back(&a.v_cache);
+  // A task moves some heads of one sequence in one cache: all of them, unless workers would idle.
+  int64_t groups = 1;
+  const int64_t parts = batch * static_cast<int64_t>(caches.size());
+  while (groups * 2 <= heads && parts * groups < 2 * ctx.num_workers) groups *= 2;
+  const int64_t per_group = (heads + groups - 1) / groups;
+
+  run_tasks(ctx, ctx.num_workers, parts * groups, [&](int64_t task, int) {
+    const int64_t h0 = task % groups * per_group, h1 = std::min(heads, h0 + per_group);
+    const int64_t b = task / groups % batch;
+    const TensorView& cache = *caches[task / groups / batch];
+    const int64_t row = cache.shape[3] * item_size(cache.dtype);
+    const int64_t head_stride = cache.stride[2] * item_size(cache.dtype);
+    const int64_t* tokens = &kept.tokens[b * keep_heads * most];
+    TokenFinder to(a, cache, b);
+    std::vector<TokenFinder> from(keep_heads, TokenFinder(a, cache, b));
+    for (int64_t i = 0; i < kept.counts[b]; ++i) {
+      char* const target = to.at(i);
+      for (int64_t h = h0; h < h1; ++h) {
+        const int64_t keeper = keep_heads == 1 ? 0 : h;
+        const char* source = from[keeper].at(tokens[keeper * most + i]);
+        if (source == target) continue;
+        copy_around_caches(target + h * head_stride, source + h * head_stride, row);
+      }
+    }
+    finish_copies_around_caches();
+  });
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t at = b * a.new_seq_lens.stride[0];
+    if (a.new_seq_lens.dtype == Dtype::i64) {
+      static_cast<int64_t*>(a.new_seq_lens.data)[at] = kept.counts[b];
+    } else {
+      static_cast<int32_t*>(a.new_seq_lens.data)[at] = static_cast<int32_t>(kept.counts[b]);
+    }
+  }
+}
+
+}  // namespace memkernels::attention
