@@ -111,8 +111,8 @@ class TokenFinder {
     if (token >= end_) {
       const int64_t page_size = cache_.shape[1], column = token / page_size;
       end_ = (column + 1) * page_size;
-      const int64_t first = page_at(a_, b_, column) * cache_.stride[0] -
-                            column * page_size * cache_.stride[1];
+      const int64_t first =
+          page_at(a_, b_, column) * cache_.stride[0] - column * page_size * cache_.stride[1];
       origin_ = first * item_size(cache_.dtype);
       step_ = cache_.stride[1] * item_size(cache_.dtype);
     }
@@ -138,9 +138,8 @@ void compact_kv(const CompactKvArgs& a, const Context& ctx) {
   check(keep_heads == heads || keep_heads == 1, kOp, "keep must be [B, Hkv, K] or [B, 1, K], got ",
         shape_of(a.keep), " for ", heads, " heads");
   check(a.k_cache.shape[1] > 0, kOp, "k_cache has page_size 0");
-  for (const auto& [arg, t] : {std::pair{"page_table", &a.page_table},
-                               {"seq_lens", &a.seq_lens},
-                               {"keep", &a.keep}}) {
+  for (const auto& [arg, t] :
+       {std::pair{"page_table", &a.page_table}, {"seq_lens", &a.seq_lens}, {"keep", &a.keep}}) {
     check_index(kOp, arg, *t);
     check_device(kOp, arg, *t, a.k_cache.device);
   }

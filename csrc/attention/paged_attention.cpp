@@ -4,6 +4,7 @@
 
 #include "attention/paged_attention_cpu.h"
 #include "attention/plan.h"
+#include "attention/shared_prefix.h"
 #include "core/check.h"
 #include "core/memory.h"
 
@@ -18,12 +19,10 @@ int64_t split_length(int64_t kv_len) {
   return length;
 }
 
-// Everything but heads_per_task follows from the sequence alone, so that no other sequence, and no
-// number of workers, ever changes a bit of its result.
-std::vector<SequenceTasks> cut(const Problem& p, int64_t workers, ForwardJob& job,
-                               int64_t& num_partials) {
+// Everything that rounding depends on follows from the sequence alone, so that no other sequence,
+// and no number of workers, ever changes a bit of its result.
+std::vector<SequenceTasks> cut_sequences(const Problem& p) {
   std::vector<SequenceTasks> tasks(p.num_sequences);
-  int64_t parts = 0;
   for (int64_t b = 0; b < p.num_sequences; ++b) {
     const Sequence& s = p.sequences[b];
     SequenceTasks& t = tasks[b];
@@ -32,8 +31,14 @@ std::vector<SequenceTasks> cut(const Problem& p, int64_t workers, ForwardJob& jo
     t.split_len = split_length(s.kv_len);
     t.num_splits =
         t.num_blocks == 1 ? std::max<int64_t>(1, (s.kv_len + t.split_len - 1) / t.split_len) : 1;
-    parts += t.num_blocks * t.num_splits;
   }
+  return tasks;
+}
+
+void cut_heads(const Problem& p, int64_t workers, std::vector<SequenceTasks>& tasks,
+               ForwardJob& job, int64_t& num_partials) {
+  int64_t parts = 0;
+  for (const SequenceTasks& t : tasks) parts += t.num_blocks * (t.num_splits - t.shared_splits);
   // Heads of one token lie side by side (NHD) or apart (HND). Side by side, a task takes several,
   // to read whole pages; but never so many that workers are left without a task, and only heads
   // that see the same keys.
@@ -51,12 +56,10 @@ std::vector<SequenceTasks> cut(const Problem& p, int64_t workers, ForwardJob& jo
     t.heads_per_task = heads;
     t.head_groups = (p.num_kv_heads + heads - 1) / heads;
     t.first_task = job.num_tasks;
-    job.num_tasks += t.num_blocks * t.num_splits * t.head_groups;
+    job.num_tasks += t.num_blocks * (t.num_splits - t.shared_splits) * t.head_groups;
     t.first_partial = num_partials;
     if (t.num_splits > 1) num_partials += t.num_splits * s.num_q * p.num_heads;
   }
-  job.tasks = tasks.data();
-  return tasks;
 }
 
 }  // namespace
@@ -73,9 +76,17 @@ void paged_attention(const PagedAttentionArgs& args, const Context& ctx) {
   }
   const int workers = workers_for(ctx, multiply_adds);
 
-  ForwardJob job{&p, nullptr, 0, nullptr};
+  std::vector<SequenceTasks> tasks = cut_sequences(p);
+  const SharedPrefixes prefixes = find_shared_prefixes(p, tasks);
+  ForwardJob job{};
+  job.problem = &p;
+  job.tasks = tasks.data();
+  job.shared = prefixes.splits.data();
+  job.num_shared = static_cast<int64_t>(prefixes.splits.size());
+  job.members = prefixes.order.data();
+  job.num_tasks = job.num_shared * p.num_kv_heads;
   int64_t num_partials = 0;
-  const std::vector<SequenceTasks> tasks = cut(p, workers, job, num_partials);
+  cut_heads(p, workers, tasks, job, num_partials);
 
   const Isa isa = p.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
   const ForwardKernel kernel = MEMKERNELS_CPU(isa, forward_kernel)(p.dtype);
@@ -85,7 +96,11 @@ void paged_attention(const PagedAttentionArgs& args, const Context& ctx) {
     max_heads = std::max(max_heads, tasks[b].heads_per_task);
   }
   const size_t accumulator = p.dtype == Dtype::f64 ? 8 : 4;
-  const size_t scratch_bytes = align_up(kernel.scratch_bytes(p, max_rows, max_heads));
+  size_t scratch_bytes = align_up(kernel.scratch_bytes(p, max_rows, max_heads));
+  if (job.num_shared > 0) {
+    const int64_t shared_rows = std::max(max_rows, kSharedRows);
+    scratch_bytes = std::max(scratch_bytes, align_up(kernel.scratch_bytes(p, shared_rows, 1)));
+  }
   const size_t partial_bytes = num_partials * partial_size(p.dim_v) * accumulator;
   const Workspace workspace = allocate_workspace(workers * scratch_bytes + partial_bytes);
   char* scratch = static_cast<char*>(workspace.get());

@@ -1,5 +1,6 @@
 // Attention of queries over a paged, contiguous or packed KV cache, forward and backward: over all
-// visible keys of the sequence (paged_attention), or over listed pages or tokens (gather_attention).
+// visible keys of the sequence (paged_attention), or over listed pages or tokens
+// (gather_attention).
 #pragma once
 
 #include "core/context.h"

@@ -87,8 +87,7 @@ void sink_gradient(const Problem& p, const BackwardJob& job, int64_t total_q,
 void paged_attention_backward(const PagedAttentionArgs& args, const PagedAttentionGrads& grads,
                               const Context& ctx) {
   Plan plan;
-  const char* op =
-      given(args.indices) ? "gather_attention_backward" : "paged_attention_backward";
+  const char* op = given(args.indices) ? "gather_attention_backward" : "paged_attention_backward";
   make_plan(op, args, plan);
   const Problem& p = plan.problem;
   const int64_t total_q = plan.total_q;

@@ -204,24 +204,27 @@ struct Backward {
 
   void write_keys(int64_t b, int64_t head, const KeyBlock<T>& block) {
     const A scale = static_cast<A>(p.scale);
-    for_each_key(p, b, head, block.begin, block.count, [&](int64_t i, int64_t outer, int64_t token) {
-      if (outer < 0) return;
-      const A* dk = s.dk + i * pad.dim;
-      const A* dv = s.dv + i * pad.dim_v;
-      if (job.shared_slot != nullptr && job.shared_slot[outer] >= 0) {
-        const int64_t row = shared_row(job.shared_slot[outer], token, head);
-        if (job.dk.data) add_row(shared_dk(row), dk, pad.dim);
-        if (job.dv.data) add_row(shared_dv(row), dv, pad.dim_v);
-        if (job.dkey_bias.data) static_cast<A*>(job.shared_bias)[row] += s.dbias[i];
-      } else {
-        if (job.dk.data) pack_row<T>(dk, p.dim, scale, row_at<T>(job.dk, outer, token, head));
-        if (job.dv.data) pack_row<T>(dv, p.dim_v, A(1), row_at<T>(job.dv, outer, token, head));
-        if (job.dkey_bias.data) {
-          store_scalar(job.dkey_bias.data, job.dkey_bias.dtype,
-                       offset_of(job.dkey_bias, outer, token, head), s.dbias[i]);
-        }
-      }
-    });
+    for_each_key(p, b, head, block.begin, block.count,
+                 [&](int64_t i, int64_t outer, int64_t token) {
+                   if (outer < 0) return;
+                   const A* dk = s.dk + i * pad.dim;
+                   const A* dv = s.dv + i * pad.dim_v;
+                   if (job.shared_slot != nullptr && job.shared_slot[outer] >= 0) {
+                     const int64_t row = shared_row(job.shared_slot[outer], token, head);
+                     if (job.dk.data) add_row(shared_dk(row), dk, pad.dim);
+                     if (job.dv.data) add_row(shared_dv(row), dv, pad.dim_v);
+                     if (job.dkey_bias.data) static_cast<A*>(job.shared_bias)[row] += s.dbias[i];
+                   } else {
+                     if (job.dk.data)
+                       pack_row<T>(dk, p.dim, scale, row_at<T>(job.dk, outer, token, head));
+                     if (job.dv.data)
+                       pack_row<T>(dv, p.dim_v, A(1), row_at<T>(job.dv, outer, token, head));
+                     if (job.dkey_bias.data) {
+                       store_scalar(job.dkey_bias.data, job.dkey_bias.dtype,
+                                    offset_of(job.dkey_bias, outer, token, head), s.dbias[i]);
+                     }
+                   }
+                 });
   }
 
   int64_t shared_row(int64_t slot, int64_t token, int64_t head) const {

@@ -238,32 +238,42 @@ void finish_row(const Problem& p, int64_t token, int64_t head, Acc<T> max, Acc<T
   pack_row<T>(values, p.dim_v, rescale / sum, out);
 }
 
-// The state of query rows [i0, i1) of a sequence and KV heads [h0, h1) (of one window) after keys
-// [clip_begin, clip_end), in scratch.
+// Queries [i0, i1) of each of some sequences. Several only where all of them see the same keys.
+struct Queries {
+  const int64_t* sequences;
+  int64_t num_sequences;
+  int64_t i0, i1;
+};
+
+// The state of query rows and KV heads [h0, h1) (of one window) after keys [clip_begin, clip_end),
+// in scratch. The bits of a row do not depend on the other sequences.
 template <class T>
 struct Attend {
   using A = Acc<T>;
   using M = Math<T>;
   const Problem& p;
   const Layout<T> pad;
-  const int64_t b, i0, i1, h0, h1;
+  const Queries queries;
+  const int64_t b, i0, h0, h1;
   const Sequence& seq;
-  const int64_t rows;         // queries times group
+  const int64_t sequence_rows;  // queries times group
+  const int64_t rows;
   const int64_t padded_rows;  // to kTileRows
   const Scratch<T> s;
   const int64_t ahead;  // rows to prefetch ahead, at most kBlockKeys
   int64_t q_stride = 0;
 
-  Attend(const Problem& p, int64_t b, int64_t i0, int64_t i1, int64_t h0, int64_t h1, void* scratch)
+  Attend(const Problem& p, const Queries& queries, int64_t h0, int64_t h1, void* scratch)
       : p(p),
         pad(p),
-        b(b),
-        i0(i0),
-        i1(i1),
+        queries(queries),
+        b(queries.sequences[0]),
+        i0(queries.i0),
         h0(h0),
         h1(h1),
         seq(p.sequences[b]),
-        rows((i1 - i0) * p.group),
+        sequence_rows((queries.i1 - queries.i0) * p.group),
+        rows(queries.num_sequences * sequence_rows),
         padded_rows(round_up(rows, kTileRows)),
         s(p, padded_rows, h1 - h0, scratch),
         ahead(rows_ahead((h1 - h0) * p.dim * static_cast<int64_t>(sizeof(T)))) {}
@@ -274,13 +284,18 @@ struct Attend {
   }
 
   int64_t position(int64_t i) const { return seq.kv_len - seq.num_q + i; }
+  int64_t query_of(int64_t row) const { return i0 + row % sequence_rows / p.group; }
+  int64_t sequence_of(int64_t row) const { return queries.sequences[row / sequence_rows]; }
+  int64_t token_of(int64_t row) const {
+    return p.sequences[sequence_of(row)].q_begin + query_of(row);
+  }
 
   void prepare() {
     const int64_t heads = h1 - h0;
-    const T* q = reinterpret_cast<const T*>(p.q.data) + (seq.q_begin + i0) * p.q.token_stride;
+    const T* q = reinterpret_cast<const T*>(p.q.data);
     for (int64_t h = 0; h < heads; ++h) {
       for (int64_t r = 0; r < padded_rows; ++r) {
-        s.q_rows[r] = r < rows ? q + r / p.group * p.q.token_stride +
+        s.q_rows[r] = r < rows ? q + token_of(r) * p.q.token_stride +
                                      ((h0 + h) * p.group + r % p.group) * p.q.head_stride
                                : nullptr;
       }
@@ -298,7 +313,7 @@ struct Attend {
     KeyBlock<T>* current = nullptr;
     int next = 0;
     // One block behind, so that its successor's rows are known in time to prefetch them.
-    const KeyRange seen = visible_keys(p, h0, seq.kv_len, position(i0), position(i1 - 1));
+    const KeyRange seen = visible_keys(p, h0, seq.kv_len, position(i0), position(queries.i1 - 1));
     for_each_block(seen, clip_begin, clip_end, [&](int64_t first, int64_t count) {
       KeyBlock<T>& block = blocks[next];
       next = 1 - next;
@@ -318,16 +333,17 @@ struct Attend {
   }
 
   bool needs_mask(const KeyBlock<T>& block) const {
-    return !all_visible(p, h0, seq.kv_len, position(i0), position(i1 - 1), block.begin,
+    return !all_visible(p, h0, seq.kv_len, position(i0), position(queries.i1 - 1), block.begin,
                         block.count);
   }
 
-  // Scores of row r of the task's head h to weights, in place, and the state after them.
-  void softmax_row(const KeyBlock<T>& block, const A* addend, bool masked, int64_t h, int64_t r,
-                   A* scores) const {
+  // Scores of row r of the task's head h to weights, in place, and the state after them. Not
+  // inlined: one body, one rounding, whoever calls it.
+  __attribute__((noinline)) void softmax_row(const KeyBlock<T>& block, const A* addend, bool masked,
+                                             int64_t h, int64_t r, A* scores) const {
     KeyRange seen;
     if (masked) {
-      const int64_t at = position(i0 + r / p.group);
+      const int64_t at = position(query_of(r));
       seen = visible_keys(p, h0, seq.kv_len, at, at);
     }
     to_logits(scores, p, addend, block.begin, masked ? &seen : nullptr);
@@ -467,25 +483,40 @@ struct Attend {
     const bool masked = needs_mask(block);
     HeadBlock<T> keys;
     keys.select(p, block, head);
+    // Sequences that would be few rows alone get the bits that attend_few() gives them.
+    const bool as_few = sequence_rows <= kFewRows;
+    const auto* q = s.q + h * padded_rows * pad.dim;
+    const int64_t K = pad.dim / M::kElements;
     pack_b_transposed<T>(keys.k, kBlockKeys, p.dim, s.packed);
-    matmul<M>(padded_rows, kBlockKeys, pad.dim / M::kElements, s.q + h * padded_rows * pad.dim,
-              q_stride, 1, s.packed, s.scores, kBlockKeys, false);
+    if (as_few) {
+      dot_products<M>(padded_rows, kBlockKeys, K, q, q_stride, s.packed, s.scores, kBlockKeys);
+    } else {
+      matmul<M>(padded_rows, kBlockKeys, K, q, q_stride, 1, s.packed, s.scores, kBlockKeys, false);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       softmax_row(block, keys.has_addend ? keys.addend : nullptr, masked, h, r,
                   s.scores + r * kBlockKeys);
     }
+    A* out = s.out + h * padded_rows * pad.dim_v;
+    if (as_few) {
+      using Wide = Scalar<A>;
+      pack_b<T, Wide>(keys.v, kBlockKeys, p.dim_v, s.packed);
+      matmul<Wide>(padded_rows, pad.dim_v, kBlockKeys, s.scores, kBlockKeys, 1, s.packed, out,
+                   pad.dim_v, true);
+      return;
+    }
     pack_b<T>(keys.v, kBlockKeys, p.dim_v, s.packed);
     const auto* weights = as_a<M>(s.scores, padded_rows, kBlockKeys, s.weights);
     matmul<M>(padded_rows, pad.dim_v, units<M>(kBlockKeys), weights, units<M>(kBlockKeys), 1,
-              s.packed, s.out + h * padded_rows * pad.dim_v, pad.dim_v, true);
+              s.packed, out, pad.dim_v, true);
   }
 
-  // Calls visit(query, head, state row) for every row of the task.
+  // Calls visit(sequence, query, head, state row) for every row of the task.
   template <class Visit>
   void for_each_row(const Visit& visit) const {
     for (int64_t h = h0; h < h1; ++h) {
       for (int64_t r = 0; r < rows; ++r) {
-        visit(i0 + r / p.group, h * p.group + r % p.group, (h - h0) * padded_rows + r);
+        visit(sequence_of(r), query_of(r), h * p.group + r % p.group, (h - h0) * padded_rows + r);
       }
     }
   }
@@ -501,6 +532,10 @@ struct Forward {
 
   static void run(const ForwardJob& job, int64_t task, void* scratch) {
     const Problem& p = *job.problem;
+    if (task < job.num_shared * p.num_kv_heads) {
+      run_shared(job, job.shared[task / p.num_kv_heads], task % p.num_kv_heads, scratch);
+      return;
+    }
     const int64_t b = sequence_of_task(job.tasks, p.num_sequences, task);
     const SequenceTasks& t = job.tasks[b];
     const Sequence& seq = p.sequences[b];
@@ -513,18 +548,38 @@ struct Forward {
       const int64_t block = t.num_blocks - 1 - part;  // under a causal mask the last is longest
       const int64_t i0 = block * t.block_queries;
       const int64_t i1 = i0 + t.block_queries < seq.num_q ? i0 + t.block_queries : seq.num_q;
-      Attend<T> attend(p, b, i0, i1, h0, h1, scratch);
+      Attend<T> attend(p, {&b, 1, i0, i1}, h0, h1, scratch);
       attend.run(0, seq.kv_len);
-      attend.for_each_row([&](int64_t i, int64_t head, int64_t row) {
+      attend.for_each_row([&](int64_t, int64_t i, int64_t head, int64_t row) {
         finish_row<T>(p, seq.q_begin + i, head, attend.s.max[row], attend.s.sum[row],
                       attend.s.out + row * attend.pad.dim_v);
       });
       return;
     }
-    Attend<T> attend(p, b, 0, seq.num_q, h0, h1, scratch);
-    attend.run(part * t.split_len, (part + 1) * t.split_len);
-    attend.for_each_row([&](int64_t i, int64_t head, int64_t row) {
-      A* partial = partial_at(job, t, part, i, seq.num_q, head);
+    run_split(job, {&b, 1, 0, seq.num_q}, t.shared_splits + part, h0, h1, scratch);
+  }
+
+  // As many members at a time as give kSharedRows rows: K and V then come from cache.
+  static void run_shared(const ForwardJob& job, const SharedSplit& shared, int64_t head,
+                         void* scratch) {
+    const Problem& p = *job.problem;
+    const int64_t num_q = p.sequences[job.members[shared.begin]].num_q;
+    const int64_t fit = kSharedRows / (num_q * p.group);
+    const int64_t most = fit > 1 ? fit : 1;
+    for (int64_t m = shared.begin; m < shared.end; m += most) {
+      const int64_t n = shared.end - m < most ? shared.end - m : most;
+      run_split(job, {job.members + m, n, 0, num_q}, shared.split, head, head + 1, scratch);
+    }
+  }
+
+  // Leaves the partial states of one split.
+  static void run_split(const ForwardJob& job, const Queries& queries, int64_t split, int64_t h0,
+                        int64_t h1, void* scratch) {
+    const int64_t length = job.tasks[queries.sequences[0]].split_len;
+    Attend<T> attend(*job.problem, queries, h0, h1, scratch);
+    attend.run(split * length, (split + 1) * length);
+    attend.for_each_row([&](int64_t b, int64_t i, int64_t head, int64_t row) {
+      A* partial = partial_at(job, b, split, i, head);
       partial[0] = attend.s.max[row];
       partial[1] = attend.s.sum[row];
       memcpy(partial + 2, attend.s.out + row * attend.pad.dim_v, attend.pad.dim_v * sizeof(A));
@@ -537,9 +592,9 @@ struct Forward {
     const SequenceTasks& t = job.tasks[b];
     const Sequence& seq = p.sequences[b];
     for (int64_t head = 0; head < p.num_heads; ++head) {
-      A* into = partial_at(job, t, 0, i, seq.num_q, head);
+      A* into = partial_at(job, b, 0, i, head);
       for (int64_t split = 1; split < t.num_splits; ++split) {
-        const A* from = partial_at(job, t, split, i, seq.num_q, head);
+        const A* from = partial_at(job, b, split, i, head);
         if (from[0] == -kInfinity<A> && from[1] == 0) continue;
         const A top = from[0] > into[0] ? from[0] : into[0];
         const A base = top == -kInfinity<A> ? A(0) : top;
@@ -554,10 +609,10 @@ struct Forward {
     }
   }
 
-  static A* partial_at(const ForwardJob& job, const SequenceTasks& t, int64_t split, int64_t i,
-                       int64_t num_q, int64_t head) {
+  static A* partial_at(const ForwardJob& job, int64_t b, int64_t split, int64_t i, int64_t head) {
     const Problem& p = *job.problem;
-    const int64_t index = t.first_partial + (split * num_q + i) * p.num_heads + head;
+    const int64_t query = split * p.sequences[b].num_q + i;
+    const int64_t index = job.tasks[b].first_partial + query * p.num_heads + head;
     return static_cast<A*>(job.partials) + index * partial_size(p.dim_v);
   }
 };

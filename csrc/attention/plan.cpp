@@ -92,12 +92,9 @@ void list_keys(const char* op, const PagedAttentionArgs& a, Plan& plan) {
     }
   }
   plan.sequences = std::move(queries);
-  plan.problem.indices = {indices.data,
-                          indices.dtype == Dtype::i64,
-                          indices.stride[0],
-                          lists == 1 ? 0 : indices.stride[1],
-                          indices.stride[2],
-                          unit};
+  plan.problem.indices = {indices.data,      indices.dtype == Dtype::i64,
+                          indices.stride[0], lists == 1 ? 0 : indices.stride[1],
+                          indices.stride[2], unit};
 }
 
 }  // namespace

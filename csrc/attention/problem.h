@@ -28,7 +28,7 @@ struct Sequence {
 // Integers [total_q, Hkv or 1, K].
 struct IndexLists {
   const void* data = nullptr;
-  bool wide = false;  // int64, else int32
+  bool wide = false;                                      // int64, else int32
   int64_t query_stride = 0, head_stride = 0, stride = 0;  // head_stride 0: the same for all heads
   int64_t unit = 1;                                       // tokens an index stands for
 };
@@ -92,9 +92,9 @@ inline KeyRun run_at(const Problem& p, int64_t b, int64_t kv_head, int64_t j, in
   if (p.indices.data != nullptr) {
     const IndexLists& lists = p.indices;
     const int64_t skip = j % lists.unit;
-    const int64_t index =
-        integer_at(lists.data, lists.wide,
-                   b * lists.query_stride + kv_head * lists.head_stride + j / lists.unit * lists.stride);
+    const int64_t index = integer_at(
+        lists.data, lists.wide,
+        b * lists.query_stride + kv_head * lists.head_stride + j / lists.unit * lists.stride);
     if (n > lists.unit - skip) n = lists.unit - skip;
     j = index * lists.unit + skip;
     if (index < 0 || j >= s.num_visible) return {-1, 0, n};

@@ -1,4 +1,5 @@
-// Streaming loads and register-only multiply-adds: what no kernel can exceed.
+// Streaming loads and stores, loads of scattered rows, and register-only multiply-adds: what no
+// kernel can exceed.
 #include "core/ceiling.h"
 #include "core/cpu/tile.h"
 
@@ -23,6 +24,30 @@ double read(const char* data, int64_t bytes) {
     }
   }
   return sum<float>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// The next rows are asked for while one is read, as kernels do.
+double gather(const char* data, int64_t row_bytes, const int64_t* rows, int64_t num_rows) {
+  constexpr int64_t kAheadBytes = 8192;
+  const int64_t ahead = 1 + kAheadBytes / (row_bytes + 1);
+  double total = 0;
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const char* next = data + rows[i + ahead < num_rows ? i + ahead : num_rows - 1] * row_bytes;
+    constexpr int64_t kStep = 512;
+    for (int64_t at = 0; at < row_bytes; at += kStep) {
+      const int64_t size = row_bytes - at < kStep ? row_bytes - at : kStep;
+      for (int64_t line = 0; line < size; line += 64) __builtin_prefetch(next + at + line);
+      total += read(data + rows[i] * row_bytes + at, size);
+    }
+  }
+  return total;
+}
+
+void update(char* data, int64_t bytes) {
+  float* x = reinterpret_cast<float*>(data);
+  for (int64_t i = 0; i + kLanes<float> <= bytes / 4; i += kLanes<float>) {
+    store(x + i, load(x + i) * 0.5f);
+  }
 }
 
 // A tile's accumulators, multiplied and added to without touching memory.
@@ -63,7 +88,7 @@ double flops(Dtype dtype, int64_t rounds, double* sink) {
 
 namespace cpu::MEMKERNELS_ISA {
 
-CeilingKernel ceiling_kernel() { return {read, flops}; }
+CeilingKernel ceiling_kernel() { return {read, gather, update, flops}; }
 
 }  // namespace cpu::MEMKERNELS_ISA
 }  // namespace memkernels

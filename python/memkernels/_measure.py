@@ -33,12 +33,32 @@ def interleaved(*functions: Callable, seconds: float = 0.3, least: int = 1) -> l
     return [Times(min(times), statistics.median(times)) for times in runs]
 
 
-def read_limit(megabytes: int = 512) -> float:
-    """Bytes a second at which all cores together stream memory."""
+def _memory(megabytes: int) -> torch.Tensor:
     data = torch.empty(megabytes << 18)
     torch.ops.memkernels._advise_huge_pages(data)
-    data.fill_(1.0)
+    return data.fill_(1.0)
+
+
+def read_limit(megabytes: int = 512) -> float:
+    """Bytes a second at which all cores together stream memory."""
+    data = _memory(megabytes)
     return data.nbytes / interleaved(lambda: torch.ops.memkernels._read_ceiling(data))[0].minimum
+
+
+def gather_limit(row_bytes: int, megabytes: int = 512) -> float:
+    """Bytes a second at which they read rows of that size in random order."""
+    data = _memory(megabytes)
+    data = data[: data.numel() // (row_bytes // 4) * (row_bytes // 4)].view(-1, row_bytes // 4)
+    order = torch.randperm(len(data))
+    run = interleaved(lambda: torch.ops.memkernels._gather_ceiling(data, order))[0]
+    return data.nbytes / run.minimum
+
+
+def update_limit(megabytes: int = 512) -> float:
+    """Bytes a second, read and written, at which they change memory in place."""
+    data = _memory(megabytes)
+    run = interleaved(lambda: torch.ops.memkernels._update_ceiling(data))[0]
+    return 2 * data.nbytes / run.minimum
 
 
 def flops_limit(dtype: torch.dtype) -> float:

@@ -49,12 +49,14 @@ PagedAttentionArgs paged_attention_args(
   return a;
 }
 
-PagedAttentionArgs gather_attention_args(
-    const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-    const Tensor& indices, const OptionalTensor& page_table, const OptionalTensor& seq_lens,
-    const OptionalTensor& cu_seqlens_q, const OptionalTensor& key_bias,
-    const OptionalTensor& sink_logit, const std::string& unit, double scale, bool causal,
-    double softcap) {
+PagedAttentionArgs gather_attention_args(const char* op, const Tensor& q, const Tensor& k_cache,
+                                         const Tensor& v_cache, const Tensor& indices,
+                                         const OptionalTensor& page_table,
+                                         const OptionalTensor& seq_lens,
+                                         const OptionalTensor& cu_seqlens_q,
+                                         const OptionalTensor& key_bias,
+                                         const OptionalTensor& sink_logit, const std::string& unit,
+                                         double scale, bool causal, double softcap) {
   PagedAttentionArgs a = paged_attention_args(
       op, q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, std::nullopt, std::nullopt,
       key_bias, sink_logit, scale, causal, std::nullopt, 0, softcap, std::nullopt);
@@ -143,13 +145,15 @@ Gradients paged_attention_backward(
   return run_backward(op, a, dout, dlse, out, lse, needs);
 }
 
-Gradients gather_attention_backward(
-    const Tensor& dout, const OptionalTensor& dlse, const Tensor& out, const Tensor& lse,
-    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& indices,
-    const OptionalTensor& page_table, const OptionalTensor& seq_lens,
-    const OptionalTensor& cu_seqlens_q, const OptionalTensor& key_bias,
-    const OptionalTensor& sink_logit, int64_t needs, std::string unit, double scale, bool causal,
-    double softcap) {
+Gradients gather_attention_backward(const Tensor& dout, const OptionalTensor& dlse,
+                                    const Tensor& out, const Tensor& lse, const Tensor& q,
+                                    const Tensor& k_cache, const Tensor& v_cache,
+                                    const Tensor& indices, const OptionalTensor& page_table,
+                                    const OptionalTensor& seq_lens,
+                                    const OptionalTensor& cu_seqlens_q,
+                                    const OptionalTensor& key_bias,
+                                    const OptionalTensor& sink_logit, int64_t needs,
+                                    std::string unit, double scale, bool causal, double softcap) {
   constexpr char op[] = "gather_attention_backward";
   PagedAttentionArgs a =
       gather_attention_args(op, q, k_cache, v_cache, indices, page_table, seq_lens, cu_seqlens_q,

@@ -15,6 +15,15 @@ double read_ceiling(const Tensor& t) {
   return memkernels::read_ceiling(view("_read_ceiling", "tensor", t), cpu_context());
 }
 
+double gather_ceiling(const Tensor& t, const Tensor& order) {
+  constexpr char op[] = "_gather_ceiling";
+  return memkernels::gather_ceiling(view(op, "tensor", t), view(op, "order", order), cpu_context());
+}
+
+void update_ceiling(const Tensor& t) {
+  memkernels::update_ceiling(view("_update_ceiling", "tensor", t), cpu_context());
+}
+
 double fma_ceiling(const Tensor& like, int64_t rounds) {
   const TensorView v = view("_fma_ceiling", "like", like);
   check_floating("_fma_ceiling", "like", v);
@@ -31,12 +40,16 @@ void advise_huge_pages(const Tensor& t) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(memkernels, m) {
   m.def("_read_ceiling(Tensor tensor) -> float");
+  m.def("_gather_ceiling(Tensor tensor, Tensor order) -> float");
+  m.def("_update_ceiling(Tensor(a!) tensor) -> ()");
   m.def("_fma_ceiling(Tensor like, int rounds) -> float");
   m.def("_advise_huge_pages(Tensor tensor) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(memkernels, CPU, m) {
   m.impl("_read_ceiling", TORCH_BOX(&read_ceiling));
+  m.impl("_gather_ceiling", TORCH_BOX(&gather_ceiling));
+  m.impl("_update_ceiling", TORCH_BOX(&update_ceiling));
   m.impl("_fma_ceiling", TORCH_BOX(&fma_ceiling));
   m.impl("_advise_huge_pages", TORCH_BOX(&advise_huge_pages));
 }

@@ -288,6 +288,9 @@ MK_INLINE Vec<A> shuffle_lanes(Vec<A> a, Vec<A> b, M mask) {
 #endif
 
 template <class A>
+constexpr int kLaneBits = __builtin_ctz(kLanes<A>);
+
+template <class A>
 struct IntOf {
   using type = int32_t;
 };

@@ -4,6 +4,8 @@
 // K is counted in units. A unit is one element (F32, F64), or two consecutive bfloat16 elements
 // that one instruction multiplies and adds (Bf16Pair, where the CPU has dot products).
 //
+// C is taken up where it stands, so that products of slices of K give the bits of the whole.
+//
 // Operands, in units:
 //   A  element (i, k) at a[i * row_stride + k * col_stride]; M is a multiple of kTileRows
 //   B  panels of kPanel columns: [N / kPanel][K][kPanel]
@@ -74,15 +76,14 @@ constexpr int64_t units(int64_t n) {
   return (n + M::kElements - 1) / M::kElements;
 }
 
+// acc += A * B for every `step`th of K.
 template <class M>
-MK_INLINE void tile(int64_t K, const typename M::Unit* a, int64_t row_stride, int64_t col_stride,
-                    const typename M::Unit* b, typename M::A* c, int64_t ldc, bool accumulate) {
+MK_INLINE void multiply(int64_t K, int64_t step, const typename M::Unit* a, int64_t row_stride,
+                        int64_t col_stride, const typename M::Unit* b,
+                        Vec<typename M::A> (&acc)[kTileRows][2]) {
   using A = typename M::A;
   constexpr int W = kLanes<A>;
-  Vec<A> acc[kTileRows][2];
-#pragma GCC unroll 8
-  for (int i = 0; i < kTileRows; ++i) acc[i][0] = acc[i][1] = Vec<A>{};
-  for (int64_t k = 0; k < K; ++k) {
+  for (int64_t k = 0; k < K; k += step) {
     const Vec<A> b0 = load(b + k * 2 * W);
     const Vec<A> b1 = load(b + k * 2 * W + W);
 #pragma GCC unroll 8
@@ -92,15 +93,24 @@ MK_INLINE void tile(int64_t K, const typename M::Unit* a, int64_t row_stride, in
       acc[i][1] = M::fma(x, b1, acc[i][1]);
     }
   }
+}
+
+template <class M>
+MK_INLINE void tile(int64_t K, const typename M::Unit* a, int64_t row_stride, int64_t col_stride,
+                    const typename M::Unit* b, typename M::A* c, int64_t ldc, bool accumulate) {
+  using A = typename M::A;
+  constexpr int W = kLanes<A>;
+  Vec<A> acc[kTileRows][2];
 #pragma GCC unroll 8
   for (int i = 0; i < kTileRows; ++i) {
-    A* row = c + i * ldc;
-    if (accumulate) {
-      acc[i][0] += load(row);
-      acc[i][1] += load(row + W);
-    }
-    store(row, acc[i][0]);
-    store(row + W, acc[i][1]);
+    acc[i][0] = accumulate ? load(c + i * ldc) : Vec<A>{};
+    acc[i][1] = accumulate ? load(c + i * ldc + W) : Vec<A>{};
+  }
+  multiply<M>(K, 1, a, row_stride, col_stride, b, acc);
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) {
+    store(c + i * ldc, acc[i][0]);
+    store(c + i * ldc + W, acc[i][1]);
   }
 }
 
@@ -112,6 +122,49 @@ void matmul(int64_t rows, int64_t cols, int64_t K, const typename M::Unit* a, in
   for (int64_t n = 0; n < cols; n += P, b += K * P) {
     for (int64_t m = 0; m < rows; m += kTileRows) {
       tile<M>(K, a + m * row_stride, row_stride, col_stride, b, c + m * ldc + n, ldc, accumulate);
+    }
+  }
+}
+
+// A tile whose elements have the bits of dot products over vectors of W units, as sum_each() ends
+// them: lane l sums every W-th product from the l-th, then lanes are added by halves.
+template <class M>
+MK_INLINE void dot_tile(int64_t K, const typename M::Unit* a, int64_t row_stride,
+                        const typename M::Unit* b, typename M::A* c, int64_t ldc) {
+  using A = typename M::A;
+  constexpr int W = kLanes<A>;
+  // Lanes come in an order in which every sum's two halves are ready one after the other; a half
+  // waits in pending[level] for the other.
+  Vec<A> pending[kLaneBits<A>][kTileRows][2];
+  for (int n = 0; n < W; ++n) {
+    int lane = 0;
+    for (int bit = 0; bit < kLaneBits<A>; ++bit) lane |= (n >> bit & 1) << (kLaneBits<A> - 1 - bit);
+    Vec<A> acc[kTileRows][2] = {};
+    multiply<M>(K - lane, W, a + lane, row_stride, 1, b + lane * 2 * W, acc);
+    int level = 0;
+    for (; n >> level & 1; ++level) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kTileRows; ++i) {
+        acc[i][0] += pending[level][i][0];
+        acc[i][1] += pending[level][i][1];
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+      store(n + 1 < W ? reinterpret_cast<A*>(&pending[level][i][0]) : c + i * ldc, acc[i][0]);
+      store(n + 1 < W ? reinterpret_cast<A*>(&pending[level][i][1]) : c + i * ldc + W, acc[i][1]);
+    }
+  }
+}
+
+// matmul() with dot_tile(); A is row-major.
+template <class M>
+void dot_products(int64_t rows, int64_t cols, int64_t K, const typename M::Unit* a,
+                  int64_t row_stride, const typename M::Unit* b, typename M::A* c, int64_t ldc) {
+  constexpr int P = kPanel<typename M::A>;
+  for (int64_t n = 0; n < cols; n += P, b += K * P) {
+    for (int64_t m = 0; m < rows; m += kTileRows) {
+      dot_tile<M>(K, a + m * row_stride, row_stride, b, c + m * ldc + n, ldc);
     }
   }
 }
@@ -208,10 +261,8 @@ MK_INLINE void pack_b_transposed(const T* const* rows, int64_t num_rows, int64_t
 
 // As B with the rows as rows: B[k, n] = rows[k][n], columns in pair order, for P V. num_rows is
 // even; K = units(num_rows).
-template <class T>
-MK_INLINE void pack_b(const T* const* rows, int64_t num_rows, int64_t dim,
-                      typename Math<T>::Unit* out) {
-  using M = Math<T>;
+template <class T, class M = Math<T>>
+MK_INLINE void pack_b(const T* const* rows, int64_t num_rows, int64_t dim, typename M::Unit* out) {
   using A = Acc<T>;
   constexpr int W = kLanes<A>;
   constexpr int P = kPanel<A>;
