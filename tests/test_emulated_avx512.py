@@ -16,7 +16,15 @@ import memkernels
 from memkernels import _C
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("test_attention.py", "test_attention_backward.py", "test_append_merge.py")
+TESTS = (
+    "test_attention.py",
+    "test_attention_backward.py",
+    "test_append_merge.py",
+    "test_gather_attention.py",
+    "test_shared_prefix.py",
+)
+# What does not run the kernels, or measures them.
+EXCLUDED = ("fallback", "every_isa", "compile", "export", "opcheck", "saves_time")
 
 pytestmark = [
     pytest.mark.full,
@@ -71,7 +79,7 @@ def test_ops(emulated, isa):
     tests = subprocess.run(
         [sys.executable, "-c", LAUNCH.format(folder=str(emulated), isa=isa),
          "-q", "-p", "no:cacheprovider",
-         "-k", "not fallback and not every_isa and not compile and not export and not opcheck",
+         "-k", " and ".join(f"not {name}" for name in EXCLUDED),
          *(str(ROOT / "tests" / name) for name in TESTS)],
         capture_output=True, text=True, cwd=emulated, env=os.environ | {"MEMKERNELS_CPU_ISA": isa},
     )  # fmt: skip
