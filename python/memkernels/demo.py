@@ -245,6 +245,51 @@ def serve(model: Transformer, count: int) -> None:
     print(f"  paged decoding against full recomputation: logits differ by at most {worst:.1e}")
 
 
+@torch.no_grad()
+def serve_alike(model: Transformer, prefix_len: int, batch: int, count: int) -> None:
+    """Prompts with a common beginning, which is computed, kept and read once, or by each."""
+    text, _ = load_text()
+    prefix, rest = text[:prefix_len], text[prefix_len:]
+    prompts = [torch.cat((prefix, rest[40 * b : 40 * b + 20 + b])) for b in range(batch)]
+    capacity = sum(-(-(len(prompt) + count) // PAGE_SIZE) for prompt in prompts)  # pages
+    token_bytes = NUM_LAYERS * NUM_KV_HEADS * 2 * HEAD_DIM * 4  # of keys and values
+    logits: list[Tensor] = []
+    print(
+        f"  {'prefix':<10}{'computed':>10}{'prefill':>10}{'KV kept':>10}{'KV read a step':>17}",
+        end="",
+    )
+    print(f"{'KV saved':>11}{'step':>10}")
+    for shared in False, True:
+        cache = PagedKVCache(
+            NUM_LAYERS, capacity, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, max_seqs=batch
+        )
+        start, computed, ids = time.perf_counter(), 0, []
+        for prompt in prompts:
+            seq_id, held = cache.reuse(prompt)
+            step = cache.extend([seq_id], len(prompt) - held)
+            model(prompt[held:], step.positions, cached_attention(cache, step))
+            if shared:
+                cache.publish(seq_id, prompt)
+            computed += len(prompt) - held
+            ids.append(seq_id)
+        prefill, best = time.perf_counter() - start, float("inf")
+        for token in range(count):
+            tokens = torch.full((batch,), 97 + token % 26)
+            start = time.perf_counter()
+            step = cache.extend(ids)
+            logits.append(model(tokens, step.positions, cached_attention(cache, step)))
+            best = min(best, time.perf_counter() - start)
+        kept = (capacity - cache.num_free_pages) * PAGE_SIZE * token_bytes
+        # What is common is read once as far as it fills splits, here of 256 tokens.
+        saved = (batch - 1) * (prefix_len // 256 * 256) * token_bytes if shared else 0
+        read = sum(map(cache.length, ids)) * token_bytes - saved
+        print(f"  {'shared' if shared else 'repeated':<10}{computed:>10}{prefill:>8.2f} s", end="")
+        print(f"{kept / 1e6:>7.1f} MB{read / 1e6:>14.1f} MB{saved / 1e6:>8.1f} MB", end="")
+        print(f"{best * 1e3:>7.1f} ms")
+    repeated, alike = torch.stack(logits).chunk(2)
+    print(f"  logits differ by at most {(repeated - alike).abs().max():.1e}")
+
+
 # ---- race ----------------------------------------------------------------------------------------
 
 
@@ -363,6 +408,10 @@ def main(quick: bool = False, out: str = "memkernels_demo.png") -> None:
     losses, held_out_losses = train(model, steps=20 if quick else 400)
     print(f"  held-out loss {held_out_losses[-1][1]:.3f} nats per byte\n\nServing from pages\n")
     serve(model, count=32 if quick else 200)
+
+    batch, prefix_len = (4, 512) if quick else (16, 2048)
+    print(f"\n{batch} prompts that share their first {prefix_len} bytes\n")
+    serve_alike(model, prefix_len, batch, count=8)
 
     print("\nDecoding 8 sequences: tokens/s in the best step (attention's share of it)\n")
     contexts = (256, 1024) if quick else (1024, 4096, 16384)

@@ -96,6 +96,37 @@ def causal(dtype: str, limit: float, length: int, backward: bool) -> Case:
     )
 
 
+def gather(limit: float, batch: int, length: int, listed: int) -> Case:
+    """One query a sequence, over some of its pages, other ones for each head."""
+    pages = length // PAGE_SIZE
+    q = torch.randn(batch, 32, 128).bfloat16()
+    k, v = (torch.randn(batch * pages, PAGE_SIZE, 8, 128).to(q.dtype) for _ in range(2))
+    page_table = torch.randperm(batch * pages).view(batch, pages)
+    seq_lens = torch.full((batch,), length)
+    indices = torch.rand(batch, 8, pages).topk(listed, sorted=False).indices
+
+    def peer():
+        rows = page_table[:, None].expand(-1, 8, -1).gather(2, indices)  # [B, Hkv, listed]
+        heads = torch.arange(8)[:, None]
+        kv = (cache.transpose(1, 2)[rows, heads].flatten(2, 3) for cache in (k, v))
+        return (F.scaled_dot_product_attention(q.unflatten(1, (8, 4)), *kv).flatten(1, 2),)
+
+    exact = fallback.gather_attention(
+        *(x.double() for x in (q, k, v)), indices, page_table, seq_lens, scale=128**-0.5
+    )
+    return Case(
+        op="gather_attention decode",
+        dtype="bf16",
+        shape=f"{batch} x {listed} of {pages} pages",
+        ours=lambda: (memkernels.gather_attention(q, k, v, indices, page_table, seq_lens),),
+        peer=peer,
+        exact=exact[:1],
+        work=(k.nbytes + v.nbytes) * listed / pages,
+        unit="GB/s",
+        limit=limit,
+    )
+
+
 def append(limit: float, count: int) -> Case:
     """New tokens to random slots; bytes are those read and those written."""
     k, v = (torch.randn(count, 8, 128).bfloat16() for _ in range(2))
@@ -123,6 +154,40 @@ def append(limit: float, count: int) -> Case:
         peer=lambda: index_copy(peers, k, v),
         exact=index_copy(caches(k.double()), k.double(), v.double()),
         work=2 * (k.nbytes + v.nbytes),
+        unit="GB/s",
+        limit=limit,
+    )
+
+
+def compact(limit: float, length: int) -> Case:
+    """Half of the tokens, others for each head, together in place; bytes as for append_kv."""
+    pages = length // PAGE_SIZE
+    caches = tuple(torch.randn(pages, PAGE_SIZE, 8, 128).bfloat16() for _ in range(2))
+    page_table, seq_lens = torch.arange(pages)[None], torch.tensor([length])
+    keep = torch.rand(1, 8, length).topk(length // 2).indices.sort().values
+    rows = keep[0].T[..., None].expand(-1, -1, 128)  # [length / 2, Hkv, D]
+
+    def gathered(cache: Tensor) -> Tensor:
+        return cache.flatten(0, 1).gather(0, rows).unflatten(0, (-1, PAGE_SIZE))
+
+    def peer():
+        for cache in theirs:
+            cache[: pages // 2] = gathered(cache)
+        return theirs
+
+    def ours():
+        memkernels.compact_kv(*caches, page_table, seq_lens, keep)
+        return caches
+
+    theirs = tuple(cache.clone() for cache in caches)
+    return Case(
+        op="compact_kv",
+        dtype="bf16",
+        shape=f"{length // 2} of {length} tokens",
+        ours=ours,
+        peer=peer,
+        exact=tuple(gathered(cache).double() for cache in caches),
+        work=sum(cache.nbytes for cache in caches),
         unit="GB/s",
         limit=limit,
     )
@@ -174,7 +239,12 @@ def table(quick: bool = False) -> None:
     cases = [lambda d=d: decode(d, bandwidth, 4, 4096 // scale) for d in DTYPES]
     for backward in False, True:
         cases += [lambda d=d, b=backward: causal(d, flops[d], 1024 // scale, b) for d in DTYPES]
-    cases += [lambda: append(bandwidth, 8192 // scale), lambda: merge(bandwidth, 2048 // scale)]
+    cases += [
+        lambda: gather(bandwidth, 4, 4096 // scale, 64 // scale),
+        lambda: append(bandwidth, 8192 // scale),
+        lambda: compact(bandwidth, 16384 // scale),
+        lambda: merge(bandwidth, 2048 // scale),
+    ]
     for make in cases:
         case = make()
         ours_error, peer_error = (error(run(), case.exact) for run in (case.ours, case.peer))
@@ -189,6 +259,7 @@ def table(quick: bool = False) -> None:
         """
   error: against float64, the largest over the largest exact number, and torch's beside it.
   torch, last: its time over ours; scaled_dot_product_attention (decode: after gathering the pages,
-  which is part of its time), index_copy_, logsumexp with a weighted sum. training: forward and
-  backward. Bytes are those of keys and values, for append_kv and merge_states read and written."""
+  which is part of its time), index_copy_, gather, logsumexp with a weighted sum. training: forward
+  and backward. Bytes are those of keys and values; for append_kv, compact_kv and merge_states read
+  and written."""
     )
