@@ -19,6 +19,9 @@ namespace {
 
 constexpr char kOp[] = "compact_kv";
 
+// How far ahead of the copying tokens are asked for.
+constexpr int64_t kAheadBytes = 4096;
+
 int64_t page_at(const CompactKvArgs& a, int64_t b, int64_t column) {
   return index_at(a.page_table, b * a.page_table.stride[0] + column * a.page_table.stride[1]);
 }
@@ -27,7 +30,9 @@ int64_t length_of(const CompactKvArgs& a, int64_t b) {
   return index_at(a.seq_lens, b * a.seq_lens.stride[0]);
 }
 
-void check_pages(const CompactKvArgs& a) {
+// Returns whether any page is absent.
+bool check_pages(const CompactKvArgs& a) {
+  bool absent = false;
   const int64_t num_pages = a.k_cache.shape[0], page_size = a.k_cache.shape[1];
   std::vector<bool> used(num_pages);
   for (int64_t b = 0; b < a.seq_lens.shape[0]; ++b) {
@@ -39,12 +44,14 @@ void check_pages(const CompactKvArgs& a) {
       const int64_t page = page_at(a, b, i);
       check(page >= -1 && page < num_pages, kOp, "page_table[", b, ", ", i, "] = ", page,
             " is outside [-1, ", num_pages, ")");
+      absent |= page < 0;
       if (page < 0) continue;
       check(!used[page], kOp, "page_table[", b, ", ", i, "] = ", page,
             " is in use twice; copy shared pages first");
       used[page] = true;
     }
   }
+  return absent;
 }
 
 // What is kept, as [B][heads][K] and how many of each sequence.
@@ -53,7 +60,7 @@ struct Kept {
   std::vector<int64_t> counts;
 };
 
-Kept checked_keep(const CompactKvArgs& a) {
+Kept checked_keep(const CompactKvArgs& a, bool absent_pages) {
   const int64_t batch = a.keep.shape[0], heads = a.keep.shape[1], most = a.keep.shape[2];
   const int64_t page_size = a.k_cache.shape[1];
   Kept kept;
@@ -73,8 +80,8 @@ Kept checked_keep(const CompactKvArgs& a) {
               " is outside [-1, ", length, ")");
         check(count == i && token > last, kOp, "keep[", b, ", ", h, ", ", i, "] = ", token,
               " must be more than its predecessor, ", i == 0 ? -1 : tokens[i - 1]);
-        check(page_at(a, b, token / page_size) >= 0, kOp, "keep[", b, ", ", h, ", ", i,
-              "] = ", token, " lies on an absent page");
+        check(!absent_pages || page_at(a, b, token / page_size) >= 0, kOp, "keep[", b, ", ", h,
+              ", ", i, "] = ", token, " lies on an absent page");
         last = token;
         ++count;
       }
@@ -143,8 +150,7 @@ void compact_kv(const CompactKvArgs& a, const Context& ctx) {
     check_index(kOp, arg, *t);
     check_device(kOp, arg, *t, a.k_cache.device);
   }
-  check_pages(a);
-  const Kept kept = checked_keep(a);
+  const Kept kept = checked_keep(a, check_pages(a));
 
   std::vector<const TensorView*> caches;
   if (!moves_with(a.k_cache, a.v_cache)) caches.push_back(&a.k_cache);
@@ -161,14 +167,19 @@ void compact_kv(const CompactKvArgs& a, const Context& ctx) {
     const TensorView& cache = *caches[task / groups / batch];
     const int64_t row = cache.shape[3] * item_size(cache.dtype);
     const int64_t head_stride = cache.stride[2] * item_size(cache.dtype);
-    const int64_t* tokens = &kept.tokens[b * keep_heads * most];
+    const int64_t count = kept.counts[b], ahead = 1 + kAheadBytes / ((h1 - h0) * row + 1);
     TokenFinder to(a, cache, b);
-    std::vector<TokenFinder> from(keep_heads, TokenFinder(a, cache, b));
-    for (int64_t i = 0; i < kept.counts[b]; ++i) {
+    std::vector<TokenFinder> from(keep_heads, to), next(keep_heads, to);
+    for (int64_t i = 0; i < count; ++i) {
       char* const target = to.at(i);
       for (int64_t h = h0; h < h1; ++h) {
         const int64_t keeper = keep_heads == 1 ? 0 : h;
-        const char* source = from[keeper].at(tokens[keeper * most + i]);
+        const int64_t* tokens = &kept.tokens[(b * keep_heads + keeper) * most];
+        const char* upcoming = next[keeper].at(tokens[std::min(i + ahead, count - 1)]);
+        for (int64_t line = 0; line < row; line += 64) {
+          __builtin_prefetch(upcoming + h * head_stride + line);
+        }
+        const char* source = from[keeper].at(tokens[i]);
         if (source == target) continue;
         copy_around_caches(target + h * head_stride, source + h * head_stride, row);
       }

@@ -5,6 +5,7 @@
 
 #include "attention/cache.h"
 #include "core/check.h"
+#include "core/memory.h"
 
 namespace memkernels::attention {
 
@@ -50,9 +51,12 @@ void copy_page(const TensorView& cache, const Pair& pair) {
   char* const data = static_cast<char*>(cache.data);
   char* from = data + pair.source * cache.stride[0] * size;
   char* to = data + pair.destination * cache.stride[0] * size;
-  for (int64_t t = 0; t < cache.shape[1]; ++t, from += token, to += token) {
-    const int64_t head = cache.stride[2] * size;
-    copy_heads({from, head}, {to, head}, cache.shape[2], cache.shape[3] * size);
+  const int64_t head = cache.stride[2] * size, row = cache.shape[3] * size;
+  for (int64_t t = 0; t < cache.shape[1]; ++t) {
+    for (int64_t h = 0; h < cache.shape[2]; ++h) {
+      const int64_t at = t * token + h * head;
+      copy_around_caches(to + at, from + at, row);
+    }
   }
 }
 
@@ -68,6 +72,7 @@ void copy_pages(const CopyPagesArgs& a, const Context& ctx) {
   run_tasks(ctx, n > 1 ? ctx.num_workers : 1, n, [&](int64_t i, int) {
     copy_page(a.k_cache, pairs[i]);
     copy_page(a.v_cache, pairs[i]);
+    finish_copies_around_caches();
   });
 }
 
