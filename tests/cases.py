@@ -72,15 +72,18 @@ class AttentionCase:
         leaves = {name: t.detach().requires_grad_() for name, t in self.tensors().items()}
         return self.replace(**leaves)
 
+    def rows(self, b: int) -> slice:
+        """The queries of sequence b."""
+        if self.cu_seqlens_q is None:
+            return slice(b, b + 1)
+        return slice(*self.cu_seqlens_q[b : b + 2].tolist())
+
     def select(self, b: int) -> AttentionCase:
         """Sequence b alone."""
-        changes = {}
-        rows = slice(b, b + 1)
+        changes = {"q": self.q[self.rows(b)]}
         if self.cu_seqlens_q is not None:
             offsets = self.cu_seqlens_q[b : b + 2]
-            rows = slice(*offsets.tolist())
             changes["cu_seqlens_q"] = offsets - offsets[0]
-        changes["q"] = self.q[rows]
         if self.seq_lens is not None:
             changes["seq_lens"] = self.seq_lens[b : b + 1]
         if self.page_table is not None:
@@ -95,6 +98,25 @@ class AttentionCase:
             if self.key_bias is not None:
                 changes["key_bias"] = self.key_bias[tokens]
         return self.replace(**changes)
+
+
+@dataclass
+class GatherCase(AttentionCase):
+    """Arguments of `memkernels.gather_attention`, by its names."""
+
+    indices: Tensor | None = None
+
+    def arguments(self) -> dict:
+        """Keyword arguments of the op."""
+        return {n: v for n, v in super().arguments().items() if n != "cu_seqlens_k"}
+
+    def reference(self):
+        """The reference's (out, lse), float64 arrays."""
+        return reference.gather_attention(**self.numpy())
+
+    def select(self, b: int) -> GatherCase:
+        """Sequence b alone."""
+        return super().select(b).replace(indices=self.indices[self.rows(b)])
 
 
 def attention_case(
@@ -174,6 +196,85 @@ def attention_case(
         sink_logit=floats(num_heads) if sink_logit else None,
         options=options,
     )
+
+
+def gather_case(
+    lengths: list[int],
+    queries: list[int] | None = None,
+    *,
+    kind: str = "paged",
+    unit: str = "page",
+    num_listed: int = 3,
+    shared: bool = False,
+    skipped: float = 0.2,
+    seed: int = 0,
+    **options,
+) -> GatherCase:
+    """Random inputs of attention over listed pages or tokens; what no query sees is poisoned.
+
+    The lists are drawn with replacement, from the whole sequence whatever a query's position.
+
+    Args:
+        kind: "paged", or "contiguous" for tokens.
+        num_listed: entries of each list.
+        shared: one list for all heads.
+        skipped: the share of entries that are -1.
+        options: further arguments of `attention_case`.
+    """
+    case = attention_case(kind, lengths, queries, seed=seed, **options)
+    generator = torch.Generator().manual_seed(seed)
+    heads = 1 if shared else case.k_cache.shape[2]
+    step = case.k_cache.shape[1] if unit == "page" else 1
+    counts = [1] * len(lengths) if queries is None else queries
+    sizes = [
+        -(-length // step) for length, n in zip(lengths, counts, strict=True) for _ in range(n)
+    ]
+    sizes = torch.tensor(sizes, dtype=torch.long)[:, None, None]
+    shape = (len(case.q), heads, num_listed)
+    indices = (torch.rand(shape, generator=generator, dtype=torch.float64) * sizes).long()
+    indices[(torch.rand(shape, generator=generator) < skipped) | (sizes == 0)] = -1
+    return _poison_unseen(list_case(case, indices.to(case.seq_lens.dtype), unit))
+
+
+def list_case(case: AttentionCase, indices: Tensor | None = None, unit: str = "page") -> GatherCase:
+    """The same inputs with lists; by default with everything listed, in order."""
+    if indices is None:
+        step = case.k_cache.shape[1] if unit == "page" else 1
+        sizes = -(-case.seq_lens.long() // step)
+        indices = torch.full((len(case.q), 1, int(sizes.amax())), -1)
+        for b, size in enumerate(sizes):
+            indices[case.rows(b), :, :size] = torch.arange(size)
+        indices = indices.to(case.seq_lens.dtype)
+    case = case.replace(unit=unit)
+    fields = {f.name: getattr(case, f.name) for f in dataclasses.fields(case)}
+    return GatherCase(**fields, indices=indices)
+
+
+def _poison_unseen(case):
+    """Nonsense in page table entries that are not listed, NaN in tokens that no query sees."""
+    seen = torch.zeros(case.k_cache.shape[:-1], dtype=torch.bool)  # [.., .., Hkv]
+    size, num_heads = seen.shape[1:]
+    step = size if case.options["unit"] == "page" else 1
+    for b, length in enumerate(case.seq_lens.tolist()):
+        listed = case.indices[case.rows(b)].long()
+        j = (listed.expand(-1, num_heads, -1)[..., None] * step + torch.arange(step)).flatten(2)
+        visible = (j >= 0) & (j < length)  # [n, Hkv, T]
+        page, offset = torch.full_like(j, b), j
+        if case.page_table is not None:
+            row, page, offset = case.page_table[b], j // size, j % size
+            unlisted = torch.ones_like(row, dtype=torch.bool)
+            unlisted[page[visible]] = False
+            row[unlisted] = POISON_PAGE
+            page = row[page].long()
+            visible &= page >= 0
+        if case.options.get("causal", True):
+            visible &= j <= torch.arange(length - len(listed), length)[:, None, None]
+        head = torch.arange(num_heads)[:, None].expand_as(j)
+        seen[page[visible], offset[visible], head[visible]] = True
+    for tensor in case.k_cache, case.v_cache, case.key_bias:
+        if tensor is not None:
+            tensor[~seen] = torch.nan
+    return case
 
 
 def _page_table(lengths, page_size, absent_pages, generator):

@@ -144,11 +144,8 @@ def gather_attention(
             # What is not visible gets row 0, but there may be no row: where nobody sees, no column.
             columns = visible.any(0).any(0)
             visible, row = visible[..., columns], row.where(visible, 0)[..., columns]
-            # Read once and only then listed, so that gradients of duplicates add up unrounded.
-            k, v, bias = (
-                None if x is None else x[place].to(_accumulator(x.dtype))[row, heads]
-                for x in (k_cache, v_cache, key_bias)
-            )  # [n, Hkv, T, D], [n, Hkv, T, Dv], [n, Hkv, T]
+            row = row * num_kv_heads + heads  # [n, Hkv, T]
+            k, v, bias = (_rows(x, place, row) for x in (k_cache, v_cache, key_bias))
             out, lse = _attend(
                 q[q_start:q_stop].unflatten(1, groups),  # [n, Hkv, group, D]
                 k,
@@ -290,6 +287,18 @@ def _attend(q, k, v, bias, sink, visible, scale, softcap):
         logits = torch.cat([logits, sink.to(dtype).expand(*logits.shape[:-1], 1)], -1)
     weights, lse = _softmax(logits, dim=-1)
     return weights[..., : k.shape[-2]] @ v, lse
+
+
+def _rows(cache, place, row):
+    """The rows ``[*row.shape, ...]`` of the (token, head)s at a place of a cache, if there is one.
+
+    Each token is read once and listed afterwards, so that gradients of duplicates add up unrounded;
+    and by index_select, whose gradient adds in a fixed order on the CPU.
+    """
+    if cache is None:
+        return None
+    tokens = cache[place].to(_accumulator(cache.dtype))
+    return tokens.flatten(0, 1).index_select(0, row.flatten()).unflatten(0, row.shape)
 
 
 def _softmax(logits, dim):
