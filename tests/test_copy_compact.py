@@ -301,6 +301,13 @@ def test_compact_views_of_one_another(caching, first, columns):
     check_compact(caching.compact_kv, case.replace(**{first: case.k_cache, other: view}))
 
 
+def test_compact_refuses_rows_that_overlap_in_part():
+    case = compaction([40, 33], 20, seed=1)
+    k, v = case.k_cache[..., :16], case.k_cache[..., 8:24]
+    with unchanged(case.k_cache), pytest.raises(RuntimeError, match="compact_kv: v_cache overlaps"):
+        memkernels.compact_kv(*case.replace(k_cache=k, v_cache=v).arguments())
+
+
 def test_compact_keeps_everything(caching):
     """Nothing moves, not even behind the end of a sequence."""
     case = compaction([40, 9], 0)

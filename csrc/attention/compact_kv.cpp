@@ -97,15 +97,21 @@ Kept checked_keep(const CompactKvArgs& a, bool absent_pages) {
   return kept;
 }
 
-// True if every row of `inner` lies in the same row of `outer`, so that it moves with it.
-bool moves_with(const TensorView& inner, const TensorView& outer) {
-  for (int i = 0; i < 3; ++i) {
-    if (inner.stride[i] != outer.stride[i]) return false;
+// The caches to move: one of them alone where its rows hold those of the other.
+std::vector<const TensorView*> distinct_caches(const CompactKvArgs& a) {
+  const TensorView &k = a.k_cache, &v = a.v_cache;
+  const auto k_begin = reinterpret_cast<uintptr_t>(k.data);
+  const auto v_begin = reinterpret_cast<uintptr_t>(v.data);
+  const auto k_end = k_begin + k.shape[3] * item_size(k.dtype);
+  const auto v_end = v_begin + v.shape[3] * item_size(v.dtype);
+  if (!std::equal(k.stride, k.stride + 3, v.stride) || k_end <= v_begin || v_end <= k_begin) {
+    return {&k, &v};
   }
-  const int64_t size = item_size(inner.dtype);
-  const auto begin = reinterpret_cast<uintptr_t>(outer.data);
-  const auto at = reinterpret_cast<uintptr_t>(inner.data);
-  return at >= begin && at + inner.shape[3] * size <= begin + outer.shape[3] * size;
+  const bool k_holds_v = k_begin <= v_begin && v_end <= k_end;
+  const bool v_holds_k = v_begin <= k_begin && k_end <= v_end;
+  check(k_holds_v || v_holds_k, kOp,
+        "v_cache overlaps k_cache: their rows must be apart, or one within the other");
+  return {k_holds_v ? &k : &v};
 }
 
 // Tokens of one sequence in one cache, found faster when they are asked for in rising order.
@@ -151,10 +157,8 @@ void compact_kv(const CompactKvArgs& a, const Context& ctx) {
     check_device(kOp, arg, *t, a.k_cache.device);
   }
   const Kept kept = checked_keep(a, check_pages(a));
+  const std::vector<const TensorView*> caches = distinct_caches(a);
 
-  std::vector<const TensorView*> caches;
-  if (!moves_with(a.k_cache, a.v_cache)) caches.push_back(&a.k_cache);
-  if (caches.empty() || !moves_with(a.v_cache, a.k_cache)) caches.push_back(&a.v_cache);
   // A task moves some heads of one sequence in one cache: all of them, unless workers would idle.
   int64_t groups = 1;
   const int64_t parts = batch * static_cast<int64_t>(caches.size());

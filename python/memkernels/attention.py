@@ -283,7 +283,7 @@ def compact_kv(
 
     Args:
         k_cache, v_cache: ``[num_pages, page_size, Hkv, D]`` and ``[..., Dv]``, any strides; V may
-            be a slice of K's rows, which then move once.
+            be a slice of K's rows, which then move once (no other overlap).
         page_table: ``[B, max_pages]`` integers; the first ``ceil(L / page_size)`` entries of a row
             are used.
         seq_lens: ``[B]`` integers.
