@@ -98,8 +98,8 @@ void paged_attention(const PagedAttentionArgs& args, const Context& ctx) {
   const size_t accumulator = p.dtype == Dtype::f64 ? 8 : 4;
   size_t scratch_bytes = align_up(kernel.scratch_bytes(p, max_rows, max_heads));
   if (job.num_shared > 0) {
-    const int64_t shared_rows = std::max(max_rows, kSharedRows);
-    scratch_bytes = std::max(scratch_bytes, align_up(kernel.scratch_bytes(p, shared_rows, 1)));
+    const int64_t rows = std::max(max_rows, kBlockRows);
+    scratch_bytes = std::max(scratch_bytes, align_up(kernel.scratch_bytes(p, rows, 1)));
   }
   const size_t partial_bytes = num_partials * partial_size(p.dim_v) * accumulator;
   const Workspace workspace = allocate_workspace(workers * scratch_bytes + partial_bytes);

@@ -559,12 +559,12 @@ struct Forward {
     run_split(job, {&b, 1, 0, seq.num_q}, t.shared_splits + part, h0, h1, scratch);
   }
 
-  // As many members at a time as give kSharedRows rows: K and V then come from cache.
+  // As many members at a time as a block of rows takes; after the first, K and V come from cache.
   static void run_shared(const ForwardJob& job, const SharedSplit& shared, int64_t head,
                          void* scratch) {
     const Problem& p = *job.problem;
     const int64_t num_q = p.sequences[job.members[shared.begin]].num_q;
-    const int64_t fit = kSharedRows / (num_q * p.group);
+    const int64_t fit = kBlockRows / (num_q * p.group);
     const int64_t most = fit > 1 ? fit : 1;
     for (int64_t m = shared.begin; m < shared.end; m += most) {
       const int64_t n = shared.end - m < most ? shared.end - m : most;

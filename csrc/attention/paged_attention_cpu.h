@@ -10,8 +10,6 @@ namespace memkernels::attention {
 
 // Rows (queries times heads of a group) in a query block.
 inline constexpr int64_t kBlockRows = 96;
-// The same where sequences share their keys.
-inline constexpr int64_t kSharedRows = 192;
 
 // How one sequence is computed. If its queries fit in one block, the keys are split and each split
 // leaves a partial state; otherwise each block of queries goes through all of its keys.
