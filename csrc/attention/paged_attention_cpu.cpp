@@ -120,7 +120,7 @@ MK_INLINE void score_tile(const typename Math<T>::Unit* q, int64_t q_stride, con
 }
 
 // Keys whose values are added in one go, so that accumulators are loaded and stored once for all.
-constexpr int kRunKeys = 16;
+constexpr int kRunKeys = 8;
 
 // Chunks of the head dimension a pass over those keys takes.
 template <int R>
