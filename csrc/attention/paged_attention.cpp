@@ -35,10 +35,25 @@ std::vector<SequenceTasks> cut_sequences(const Problem& p) {
   return tasks;
 }
 
-void cut_heads(const Problem& p, int64_t workers, std::vector<SequenceTasks>& tasks,
+// Tasks of all heads of a sequence.
+int64_t parts_of(const SequenceTasks& t) {
+  return t.one_task ? t.num_blocks : t.num_splits - t.shared_splits;
+}
+
+// Enough tasks to keep all workers busy, no more partial states than that takes.
+void cut_tasks(const Problem& p, int64_t workers, std::vector<SequenceTasks>& tasks,
                ForwardJob& job, int64_t& num_partials) {
+  const auto work_of = [&](int64_t b) {
+    return static_cast<double>(p.sequences[b].num_q) * p.sequences[b].kv_len;
+  };
+  double work = 0;
+  for (int64_t b = 0; b < p.num_sequences; ++b) work += work_of(b);
   int64_t parts = 0;
-  for (const SequenceTasks& t : tasks) parts += t.num_blocks * (t.num_splits - t.shared_splits);
+  for (int64_t b = 0; b < p.num_sequences; ++b) {
+    const bool small = 4 * workers * work_of(b) <= work;
+    tasks[b].one_task = tasks[b].num_splits == 1 || (small && tasks[b].shared_splits == 0);
+    parts += parts_of(tasks[b]);
+  }
   // Heads of one token lie side by side (NHD) or apart (HND). Side by side, a task takes several,
   // to read whole pages; but never so many that workers are left without a task, and only heads
   // that see the same keys.
@@ -56,9 +71,9 @@ void cut_heads(const Problem& p, int64_t workers, std::vector<SequenceTasks>& ta
     t.heads_per_task = heads;
     t.head_groups = (p.num_kv_heads + heads - 1) / heads;
     t.first_task = job.num_tasks;
-    job.num_tasks += t.num_blocks * (t.num_splits - t.shared_splits) * t.head_groups;
+    job.num_tasks += parts_of(t) * t.head_groups;
     t.first_partial = num_partials;
-    if (t.num_splits > 1) num_partials += t.num_splits * s.num_q * p.num_heads;
+    if (!t.one_task) num_partials += t.num_splits * s.num_q * p.num_heads;
   }
 }
 
@@ -86,7 +101,7 @@ void paged_attention(const PagedAttentionArgs& args, const Context& ctx) {
   job.members = prefixes.order.data();
   job.num_tasks = job.num_shared * p.num_kv_heads;
   int64_t num_partials = 0;
-  cut_heads(p, workers, tasks, job, num_partials);
+  cut_tasks(p, workers, tasks, job, num_partials);
 
   const Isa isa = p.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
   const ForwardKernel kernel = MEMKERNELS_CPU(isa, forward_kernel)(p.dtype);
@@ -114,7 +129,7 @@ void paged_attention(const PagedAttentionArgs& args, const Context& ctx) {
   run_tasks(ctx, workers_for(ctx, static_cast<double>(num_partials) * p.dim_v), plan.total_q,
             [&](int64_t token, int) {
               const int64_t b = sequence_of(plan, token);
-              if (tasks[b].num_splits > 1) kernel.merge(job, b, token - p.sequences[b].q_begin);
+              if (!tasks[b].one_task) kernel.merge(job, b, token - p.sequences[b].q_begin);
             });
 }
 

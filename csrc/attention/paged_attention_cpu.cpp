@@ -37,6 +37,7 @@ struct Scratch {
   Unit* packed;      // a block of K or V
   const T** q_rows;  // [rows]
   T* zeros;          // a row
+  A* merged;         // [heads][rows][partial_size(dim_v)]
   size_t bytes;
 
   Scratch(const Problem& p, int64_t rows, int64_t heads, void* base) {
@@ -52,6 +53,7 @@ struct Scratch {
     packed = arena.take<Unit>(kBlockKeys * widest);
     q_rows = arena.take<const T*>(rows);
     zeros = arena.take<T>(widest);
+    merged = arena.take<A>(heads * rows * partial_size(p.dim_v));
     bytes = arena.used;
   }
 };
@@ -511,6 +513,13 @@ struct Attend {
               s.packed, out, pad.dim_v, true);
   }
 
+  // max, sum, values.
+  void copy_state(int64_t row, A* to) const {
+    to[0] = s.max[row];
+    to[1] = s.sum[row];
+    memcpy(to + 2, s.out + row * pad.dim_v, pad.dim_v * sizeof(A));
+  }
+
   // Calls visit(sequence, query, head, state row) for every row of the task.
   template <class Visit>
   void for_each_row(const Visit& visit) const {
@@ -544,19 +553,31 @@ struct Forward {
     const int64_t h1 =
         h0 + t.heads_per_task < p.num_kv_heads ? h0 + t.heads_per_task : p.num_kv_heads;
     const int64_t part = local / t.head_groups;
-    if (t.num_blocks > 1 || t.num_splits == 1) {
-      const int64_t block = t.num_blocks - 1 - part;  // under a causal mask the last is longest
-      const int64_t i0 = block * t.block_queries;
-      const int64_t i1 = i0 + t.block_queries < seq.num_q ? i0 + t.block_queries : seq.num_q;
-      Attend<T> attend(p, {&b, 1, i0, i1}, h0, h1, scratch);
-      attend.run(0, seq.kv_len);
-      attend.for_each_row([&](int64_t, int64_t i, int64_t head, int64_t row) {
-        finish_row<T>(p, seq.q_begin + i, head, attend.s.max[row], attend.s.sum[row],
-                      attend.s.out + row * attend.pad.dim_v);
-      });
+    if (!t.one_task) {
+      run_split(job, {&b, 1, 0, seq.num_q}, t.shared_splits + part, h0, h1, scratch);
       return;
     }
-    run_split(job, {&b, 1, 0, seq.num_q}, t.shared_splits + part, h0, h1, scratch);
+    const int64_t block = t.num_blocks - 1 - part;  // under a causal mask the last is longest
+    const int64_t i0 = block * t.block_queries;
+    const int64_t i1 = i0 + t.block_queries < seq.num_q ? i0 + t.block_queries : seq.num_q;
+    Attend<T> attend(p, {&b, 1, i0, i1}, h0, h1, scratch);
+    const int64_t length = t.num_splits == 1 ? seq.kv_len : t.split_len;
+    for (int64_t split = 0; split < t.num_splits; ++split) {
+      attend.run(split * length, (split + 1) * length);
+      attend.for_each_row([&](int64_t, int64_t, int64_t, int64_t row) {
+        A* merged = attend.s.merged + row * partial_size(p.dim_v);
+        if (split == 0) {
+          attend.copy_state(row, merged);
+        } else {
+          merge_state(p, merged, attend.s.max[row], attend.s.sum[row],
+                      attend.s.out + row * attend.pad.dim_v);
+        }
+      });
+    }
+    attend.for_each_row([&](int64_t, int64_t i, int64_t head, int64_t row) {
+      const A* merged = attend.s.merged + row * partial_size(p.dim_v);
+      finish_row<T>(p, seq.q_begin + i, head, merged[0], merged[1], merged + 2);
+    });
   }
 
   // As many members at a time as a block of rows takes; after the first, K and V come from cache.
@@ -579,11 +600,22 @@ struct Forward {
     Attend<T> attend(*job.problem, queries, h0, h1, scratch);
     attend.run(split * length, (split + 1) * length);
     attend.for_each_row([&](int64_t b, int64_t i, int64_t head, int64_t row) {
-      A* partial = partial_at(job, b, split, i, head);
-      partial[0] = attend.s.max[row];
-      partial[1] = attend.s.sum[row];
-      memcpy(partial + 2, attend.s.out + row * attend.pad.dim_v, attend.pad.dim_v * sizeof(A));
+      attend.copy_state(row, partial_at(job, b, split, i, head));
     });
+  }
+
+  // Not inlined: one body, one rounding, whoever calls it.
+  __attribute__((noinline)) static void merge_state(const Problem& p, A* into, A max, A sum,
+                                                    const A* values) {
+    if (max == -kInfinity<A> && sum == 0) return;
+    const A top = max > into[0] ? max : into[0];
+    const A base = top == -kInfinity<A> ? A(0) : top;
+    const A keep = exp(into[0] - base), add = exp(max - base);
+    into[0] = top;
+    into[1] = into[1] * keep + sum * add;
+    for (int64_t d = 0; d < Layout<T>(p).dim_v; d += kLanes<A>) {
+      store(into + 2 + d, load(into + 2 + d) * keep + load(values + d) * add);
+    }
   }
 
   // Merges the splits of one query in their order, for all heads.
@@ -595,15 +627,7 @@ struct Forward {
       A* into = partial_at(job, b, 0, i, head);
       for (int64_t split = 1; split < t.num_splits; ++split) {
         const A* from = partial_at(job, b, split, i, head);
-        if (from[0] == -kInfinity<A> && from[1] == 0) continue;
-        const A top = from[0] > into[0] ? from[0] : into[0];
-        const A base = top == -kInfinity<A> ? A(0) : top;
-        const A keep = exp(into[0] - base), add = exp(from[0] - base);
-        into[0] = top;
-        into[1] = into[1] * keep + from[1] * add;
-        for (int64_t d = 2; d < 2 + Layout<T>(p).dim_v; d += kLanes<A>) {
-          store(into + d, load(into + d) * keep + load(from + d) * add);
-        }
+        merge_state(p, into, from[0], from[1], from + 2);
       }
       finish_row<T>(p, seq.q_begin + i, head, into[0], into[1], into + 2);
     }

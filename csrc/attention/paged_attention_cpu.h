@@ -11,15 +11,17 @@ namespace memkernels::attention {
 // Rows (queries times heads of a group) in a query block.
 inline constexpr int64_t kBlockRows = 96;
 
-// How one sequence is computed. If its queries fit in one block, the keys are split and each split
-// leaves a partial state; otherwise each block of queries goes through all of its keys.
+// How one sequence is computed. If its queries fit in one block, the keys are split, each split has
+// a partial state, and these are merged in order; otherwise each block of queries goes through all
+// of its keys.
 struct SequenceTasks {
   int64_t num_splits, split_len;
   int64_t shared_splits = 0;  // so many splits, from the first, are computed with other sequences
+  bool one_task = true;       // that merges as it goes, instead of a task a split and a merge
   int64_t num_blocks, block_queries;
   int64_t head_groups, heads_per_task;
   int64_t first_task;
-  int64_t first_partial;  // partial states are laid out [split][query][head]
+  int64_t first_partial;  // of several tasks: partial states are laid out [split][query][head]
 };
 
 // Accumulators of a partial state: max, sum, values.
