@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from memkernels import reference
+from memkernels import fallback, reference
 
 POISON_PAGE = 2**31 - 1
 
@@ -50,6 +50,10 @@ class AttentionCase:
     def reference(self):
         """The reference's (out, lse), float64 arrays."""
         return reference.paged_attention(**self.numpy())
+
+    def fallback(self):
+        """The fallback's (out, lse)."""
+        return fallback.paged_attention(**self.arguments())
 
     def tensors(self) -> dict:
         """The floating tensors, which are the differentiable ones."""
@@ -113,6 +117,10 @@ class GatherCase(AttentionCase):
     def reference(self):
         """The reference's (out, lse), float64 arrays."""
         return reference.gather_attention(**self.numpy())
+
+    def fallback(self):
+        """The fallback's (out, lse)."""
+        return fallback.gather_attention(**self.arguments())
 
     def select(self, b: int) -> GatherCase:
         """Sequence b alone."""

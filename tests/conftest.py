@@ -40,6 +40,7 @@ def ops(request):
         return fallback
     return SimpleNamespace(
         paged_attention=functools.partial(memkernels.paged_attention, return_lse=True),
+        gather_attention=functools.partial(memkernels.gather_attention, return_lse=True),
         merge_states=memkernels.merge_states,
         append_kv=memkernels.append_kv,
     )

@@ -15,7 +15,7 @@ from memkernels import _C, fallback
 from test_attention import ERRORS as ATTENTION_ERRORS
 from test_attention import apart, run_python
 from test_attention_backward import TINY, gradcheck, gradients, upstream
-from tolerance import assert_accurate, assert_same_bits, straightforward, unchanged
+from tolerance import assert_accurate, assert_same_bits, check_attention, straightforward, unchanged
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 UNITS = ["page", "token"]
@@ -33,24 +33,9 @@ def run(case, **changes):
     return native(**case.arguments() | changes)
 
 
-@pytest.fixture(scope="session", params=["native", "fallback"])
-def gather(request):
-    return native if request.param == "native" else fallback.gather_attention
-
-
-def check_gather(gather_attention, case, slack=1):
-    """Forward of a case on a backend against the reference."""
-    # The backend runs first, so that it cannot find the answers in recycled memory.
-    out, lse = gather_attention(**case.arguments())
-    assert out.dtype == case.q.dtype
-    assert lse.dtype == torch.promote_types(case.q.dtype, torch.float32)
-    exact_out, exact_lse = case.reference()
-    with straightforward():
-        baseline_out, baseline_lse = fallback.gather_attention(**case.arguments())
-    accuracy = {"dtype": case.q.dtype, "slack": slack}
-    assert_accurate(out, exact_out, baseline_out, **accuracy, name="out")
-    assert_accurate(lse, exact_lse, baseline_lse, **accuracy, name="lse")
-    return out, lse
+@pytest.fixture(scope="session")
+def gather(ops):
+    return ops.gather_attention
 
 
 @st.composite
@@ -87,7 +72,7 @@ def random_cases(draw):
 @given(case=random_cases())
 def test_random_cases(gather, case):
     with unchanged(*case.arguments().values()):
-        check_gather(gather, case)
+        check_attention(gather, case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,7 +90,7 @@ def test_random_cases(gather, case):
 def test_head_dims(gather, dtype, heads, head_dims, unit):
     share_kv = head_dims == (576, 512)  # V is a view of K, as in multi-head latent attention
     sizes = {"heads": heads, "head_dims": head_dims, "share_kv": share_kv, "dtype": dtype}
-    check_gather(gather, gather_case([50, 18], [1, 5], unit=unit, num_listed=20, **sizes))
+    check_attention(gather, gather_case([50, 18], [1, 5], unit=unit, num_listed=20, **sizes))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,7 +100,7 @@ def test_head_dims(gather, dtype, heads, head_dims, unit):
 @pytest.mark.parametrize("unit", UNITS)
 def test_page_sizes(gather, dtype, page_size, layout, unit):
     sizes = {"page_size": page_size, "layout": layout, "dtype": dtype}
-    check_gather(gather, gather_case([100, 9], [3, 2], unit=unit, num_listed=9, **sizes))
+    check_attention(gather, gather_case([100, 9], [3, 2], unit=unit, num_listed=9, **sizes))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -123,7 +108,7 @@ def test_page_sizes(gather, dtype, page_size, layout, unit):
 def test_long_decode(gather, dtype, unit, num_listed):
     """Lists long enough to be split over workers, beside an empty sequence."""
     sizes = {"heads": (4, 2), "num_listed": num_listed, "absent_pages": 0.1, "dtype": dtype}
-    check_gather(gather, gather_case([3000, 900, 0, 257], unit=unit, **sizes))
+    check_attention(gather, gather_case([3000, 900, 0, 257], unit=unit, **sizes))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -131,15 +116,15 @@ def test_long_decode(gather, dtype, unit, num_listed):
 def test_prefill(gather, kind, unit, dtype):
     """Many queries, alone and after a cached prefix."""
     sizes = {"heads": (2, 1), "num_listed": 6, "dtype": dtype}
-    check_gather(gather, gather_case([110, 330], [110, 50], kind=kind, unit=unit, **sizes))
+    check_attention(gather, gather_case([110, 330], [110, 50], kind=kind, unit=unit, **sizes))
 
 
 def test_large_logits(gather):
     """Softmax neither overflows nor underflows to an empty row."""
     case = gather_case([600, 40], [3, 40], num_listed=20, scale=30.0, head_dims=(16, 16))
-    check_gather(gather, case, slack=100)
+    check_attention(gather, case, slack=100)
     bias = torch.full(case.k_cache.shape[:-1], -1e4)
-    check_gather(gather, case.replace(key_bias=bias), slack=1000)
+    check_attention(gather, case.replace(key_bias=bias), slack=1000)
 
 
 @kinds
@@ -147,7 +132,7 @@ def test_empty_rows(gather, kind, unit):
     sizes = {"kind": kind, "unit": unit, "key_bias": True, "sink_logit": True}
     case = gather_case([0, 2, 5], [3, 4, 2], **sizes)
     case.indices[7] = -1
-    out, lse = check_gather(gather, case)
+    out, lse = check_attention(gather, case)
     # Sequence 0 has no tokens, the next 2 rows come before the first, row 7 lists none.
     empty = torch.tensor([0, 1, 2, 3, 4, 7])
     assert not out[empty].any()
@@ -208,7 +193,7 @@ def test_all_pages_in_order_are_paged_attention_to_the_bit(dtype, page_size, hea
 def test_everything_listed_is_paged_attention(gather, dtype, kind, unit, queries):
     lengths = [150, 40, 0, 90, 17]
     case = attention_case(kind, lengths, queries, dtype=dtype, sink_logit=True, key_bias=True)
-    actual = check_gather(gather, list_case(case, unit=unit))
+    actual = check_attention(gather, list_case(case, unit=unit))
     expected = memkernels.paged_attention(**case.arguments(), return_lse=True)
     tolerance = {"rtol": 0, "atol": 4 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-5}
     torch.testing.assert_close(actual, expected, **tolerance)
@@ -360,19 +345,19 @@ def test_strided_inputs(gather, kind, unit):
         strided["page_table"] = apart(case.page_table, 1)  # columns of a wider table
     for dim in range(3):
         strided["indices"] = apart(case.indices, dim)
-        check_gather(gather, case.replace(**strided))
+        check_attention(gather, case.replace(**strided))
 
 
 def test_expanded_query(gather):
     case = gather_case(**RAGGED)
-    check_gather(gather, case.replace(q=case.q[:1].expand_as(case.q)))
+    check_attention(gather, case.replace(q=case.q[:1].expand_as(case.q)))
 
 
 @pytest.mark.parametrize("name", ["page_table", "seq_lens", "cu_seqlens_q", "sink_logit"])
 def test_other_strided_inputs_work_or_are_refused_by_name(gather, name):
     case = gather_case(**RAGGED, sink_logit=True)
     try:
-        check_gather(gather, case.replace(**{name: apart(getattr(case, name), -1)}))
+        check_attention(gather, case.replace(**{name: apart(getattr(case, name), -1)}))
     except RuntimeError as error:
         assert name in str(error)
 
@@ -535,10 +520,10 @@ def compact_check():
             sizes = {"heads": (10, 2), "head_dims": (72, 37), "num_listed": 8, "dtype": dtype}
             options = {"key_bias": True, "sink_logit": True, "softcap": 3.0}
             case = gather_case([90, 0, 7], [9, 2, 9], kind=kind, unit=unit, **sizes, **options)
-            check_gather(native, case)
+            check_attention(native, case)
             check_gradients(case)
         sizes = {"heads": (8, 1), "head_dims": (128, 128), "num_listed": 30}
-        check_gather(native, gather_case([700, 3], dtype=dtype, **sizes))
+        check_attention(native, gather_case([700, 3], dtype=dtype, **sizes))
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])

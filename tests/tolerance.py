@@ -54,15 +54,15 @@ def assert_accurate(actual, exact, baseline, *, dtype, name="result", slack=1):
         )
 
 
-def check_attention(paged_attention, case, slack=1):
-    """Forward of a case on a backend against the reference."""
+def check_attention(attention, case, slack=1):
+    """Forward of a case, by a backend's op, against the reference."""
     # The backend runs first, so that it cannot find the answers in recycled memory.
-    out, lse = paged_attention(**case.arguments())
+    out, lse = attention(**case.arguments())
     assert out.dtype == case.q.dtype
     assert lse.dtype == torch.promote_types(case.q.dtype, torch.float32)
     exact_out, exact_lse = case.reference()
     with straightforward():
-        baseline_out, baseline_lse = fallback.paged_attention(**case.arguments())
+        baseline_out, baseline_lse = case.fallback()
     accuracy = {"dtype": case.q.dtype, "slack": slack}
     assert_accurate(out, exact_out, baseline_out, **accuracy, name="out")
     assert_accurate(lse, exact_lse, baseline_lse, **accuracy, name="lse")
