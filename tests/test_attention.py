@@ -69,7 +69,7 @@ def test_random_cases(ops, case):
 @pytest.mark.parametrize(
     "head_dims", [(5, 5), (64, 64), (80, 48), (128, 128), (192, 128), (256, 256), (576, 512)]
 )
-@pytest.mark.parametrize("heads", [(1, 1), (8, 2), (5, 1)])
+@pytest.mark.parametrize("heads", [(1, 1), (8, 2), (5, 1), (16, 1)])
 def test_head_dims(ops, dtype, head_dims, heads):
     share_kv = head_dims == (576, 512)  # V is a view of K, as in multi-head latent attention
     case = attention_case(

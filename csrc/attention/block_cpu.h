@@ -10,6 +10,8 @@ namespace {
 
 // Keys a block: K, V and scores of a block stay in L2 beside the queries.
 constexpr int kBlockKeys = 64;
+// The same as rows of a product, which come in tiles.
+constexpr int kKeyRows = (kBlockKeys + kTileRows - 1) / kTileRows * kTileRows;
 
 template <class T>
 struct Layout {
@@ -81,7 +83,7 @@ struct KeyBlock {
 // The rows of one KV head in a block; null where there is no key, or a hidden one.
 template <class T>
 struct HeadBlock {
-  const T* k[kBlockKeys];
+  const T* k[kKeyRows] = {};
   const T* v[kBlockKeys];
   Acc<T> addend[kBlockKeys];
   bool has_addend;

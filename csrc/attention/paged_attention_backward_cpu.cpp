@@ -10,9 +10,6 @@
 namespace memkernels::attention {
 namespace {
 
-// Keys as rows of a product, which come in tiles.
-constexpr int64_t kKeyRows = (kBlockKeys + kTileRows - 1) / kTileRows * kTileRows;
-
 template <class T>
 struct Scratch {
   using A = Acc<T>;

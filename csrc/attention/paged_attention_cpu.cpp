@@ -5,8 +5,8 @@
 // elements of K and V, each read once for all heads of its group. Few rows (decode) are bound by
 // that read: dot products straight from the cache, the next block prefetched meanwhile. Many rows
 // (prefill) are bound by arithmetic: K and V are packed block by block into panels for matmul().
-// Few rows each of many sequences that share their keys are packed too, and computed in the order of
-// the dot products, so that sharing changes no bit.
+// Few rows each of many sequences that share their keys are packed too, and computed in the order
+// of the dot products, so that sharing changes no bit.
 #include "attention/paged_attention_cpu.h"
 
 #include "attention/block_cpu.h"
@@ -33,6 +33,7 @@ struct Scratch {
   A* scores;         // [rows][kBlockKeys], or [heads][kFewRows][kBlockKeys]
   Unit* weights;     // [rows][units of kBlockKeys]
   Unit* packed;      // a block of K or V
+  A* turned;         // [kKeyRows][rows]: scores of a block, keys as rows
   const T** q_rows;  // [rows]
   T* zeros;          // a row
   A* merged;         // [heads][rows][partial_size(dim_v)]
@@ -48,7 +49,8 @@ struct Scratch {
     sum = arena.take<A>(heads * rows);
     scores = arena.take<A>((rows > heads * kFewRows ? rows : heads * kFewRows) * kBlockKeys);
     weights = arena.take<Unit>(rows * kBlockKeys);
-    packed = arena.take<Unit>(kBlockKeys * widest);
+    packed = arena.take<Unit>(kKeyRows * widest);
+    turned = arena.take<A>(kKeyRows * rows);
     q_rows = arena.take<const T*>(rows);
     zeros = arena.take<T>(widest);
     merged = arena.take<A>(heads * rows * partial_size(p.dim_v));
@@ -126,6 +128,7 @@ template <class T>
 struct Attend {
   using A = Acc<T>;
   using M = Math<T>;
+  using Unit = typename M::Unit;
   const Problem& p;
   const Layout<T> pad;
   const Queries queries;
@@ -134,6 +137,7 @@ struct Attend {
   const int64_t sequence_rows;  // queries times group
   const int64_t rows;
   const int64_t padded_rows;  // to kTileRows
+  const bool keys_as_rows;  // turning the scores of so few rows costs less than turning their keys
   const Scratch<T> s;
   const int64_t ahead;  // rows to prefetch ahead, at most kBlockKeys
   int64_t q_stride = 0;
@@ -150,6 +154,7 @@ struct Attend {
         sequence_rows((queries.i1 - queries.i0) * p.group),
         rows(queries.num_sequences * sequence_rows),
         padded_rows(round_up(rows, kTileRows)),
+        keys_as_rows(sequence_rows > kFewRows && rows % kPanel<A> == 0 && 2 * rows <= p.dim),
         s(p, padded_rows, h1 - h0, scratch),
         ahead(rows_ahead((h1 - h0) * p.dim * static_cast<int64_t>(sizeof(T)))) {}
 
@@ -174,10 +179,16 @@ struct Attend {
                                      ((h0 + h) * p.group + r % p.group) * p.q.head_stride
                                : nullptr;
       }
-      q_stride = pack_a<T>(s.q_rows, padded_rows, p.dim, s.q + h * padded_rows * pad.dim);
+      Unit* packed = s.q + h * padded_rows * pad.dim;
+      if (keys_as_rows) {
+        pack_b_transposed<T>(s.q_rows, rows, p.dim, packed);
+      } else {
+        q_stride = pack_a<T>(s.q_rows, padded_rows, p.dim, packed);
+      }
     }
     memset(s.out, 0, heads * padded_rows * pad.dim_v * sizeof(A));
     memset(s.sum, 0, heads * padded_rows * sizeof(A));
+    memset(s.scores + rows * kBlockKeys, 0, (padded_rows - rows) * kBlockKeys * sizeof(A));
     for (int64_t i = 0; i < heads * padded_rows; ++i) s.max[i] = -kInfinity<A>;
     memset(static_cast<void*>(s.zeros), 0, (pad.dim > pad.dim_v ? pad.dim : pad.dim_v) * sizeof(T));
   }
@@ -360,13 +371,20 @@ struct Attend {
     keys.select(p, block, head);
     // Sequences that would be few rows alone get the bits that attend_few() gives them.
     const bool as_few = sequence_rows <= kFewRows;
-    const auto* q = s.q + h * padded_rows * pad.dim;
+    const Unit* q = s.q + h * padded_rows * pad.dim;
     const int64_t K = pad.dim / M::kElements;
-    pack_b_transposed<T>(keys.k, kBlockKeys, p.dim, s.packed);
-    if (as_few) {
-      dot_products<M>(padded_rows, kBlockKeys, K, q, q_stride, s.packed, s.scores, kBlockKeys);
+    if (keys_as_rows) {
+      const int64_t stride = pack_a<T>(keys.k, kKeyRows, p.dim, s.packed);
+      matmul<M>(kKeyRows, rows, K, s.packed, stride, 1, q, s.turned, rows, false);
+      transpose_matrix<A>(s.turned, kBlockKeys, rows, s.scores);
     } else {
-      matmul<M>(padded_rows, kBlockKeys, K, q, q_stride, 1, s.packed, s.scores, kBlockKeys, false);
+      pack_b_transposed<T>(keys.k, kBlockKeys, p.dim, s.packed);
+      if (as_few) {
+        dot_products<M>(padded_rows, kBlockKeys, K, q, q_stride, s.packed, s.scores, kBlockKeys);
+      } else {
+        matmul<M>(padded_rows, kBlockKeys, K, q, q_stride, 1, s.packed, s.scores, kBlockKeys,
+                  false);
+      }
     }
     for (int64_t r = 0; r < rows; ++r) {
       softmax_row(block, keys.has_addend ? keys.addend : nullptr, masked, h, r,

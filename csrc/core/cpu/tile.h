@@ -287,6 +287,22 @@ MK_INLINE void pack_b(const T* const* rows, int64_t num_rows, int64_t dim, typen
   }
 }
 
+// [rows][cols] to [cols][rows]; both are multiples of the vector's lanes.
+template <class A>
+MK_INLINE void transpose_matrix(const A* from, int64_t rows, int64_t cols, A* to) {
+  constexpr int W = kLanes<A>;
+  for (int64_t r = 0; r < rows; r += W) {
+    for (int64_t c = 0; c < cols; c += W) {
+      Vec<A> x[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) x[i] = load(from + (r + i) * cols + c);
+      transpose<A>(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) store(to + (c + i) * rows + r, x[i]);
+    }
+  }
+}
+
 // An accumulator matrix [rows][cols] as A of the next product, k along its columns. F32 and F64
 // use it where it lies; Bf16Pair rounds it into `out`. Returns the operand; its row stride is
 // units(cols). cols is a multiple of kPanel.
