@@ -371,17 +371,21 @@ class Machine(RuleBasedStateMachine):
             for tokens, (page, _) in self.published.items()
             if tokens in evicted or page not in held
         }
+        before, used = dict(self.last_used), set()
         for tokens, (page, _) in self.published.items():
             if tokens not in idle:
-                self.last_used[tokens] = self.now
+                used.add(tokens)
             elif page in self.held:  # until now; it, and through it all that it continues
                 while tokens in idle:
-                    self.last_used[tokens] = self.now
+                    used.add(tokens)
                     tokens = tokens[: -self.page_size]
+        self.last_used |= dict.fromkeys(used, self.now)
         for gone in evicted:
-            for kept in idle - evicted:
+            # A call may take pages before it gives others back, or after: what it has touched
+            # says nothing about the order.
+            for kept in idle - evicted - used:
                 assert kept[: -self.page_size] != gone
-                assert self.last_used[gone] <= self.last_used[kept]
+                assert before[gone] <= before[kept]
             del self.published[gone], self.last_used[gone]
         assert pool._page_of == {keys[t]: page for t, (page, _) in self.published.items()}
         assert pool._content_of.keys() == {page for page, _ in self.published.values()}

@@ -14,7 +14,7 @@ class PagePool:
 
     A page is free, held by one or more tables, or idle: held by none, but still findable by its
     content. Idle pages are taken only when no free one is left, least recently used first, and a
-    page never before those that follow it in a published sequence: without it nobody finds them.
+    page never before idle ones that follow it in a published sequence: nobody would find those.
     """
 
     def __init__(self, num_pages: int):
