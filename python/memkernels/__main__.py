@@ -11,8 +11,6 @@ import torch
 import memkernels
 from memkernels import _C, fallback
 
-OPS = ("paged_attention", "merge_states", "append_kv")
-
 
 def cuda_driver() -> str:
     """The CUDA version the installed driver supports."""
@@ -40,14 +38,13 @@ def info() -> None:
     for name, fact in facts.items():
         print(f"{name:<12} {fact}")
 
-    print(f"\n{'op':<20}{'CPU':<10}{'CUDA':<10}torch fallback")
-    for op in OPS:
+    print(f"\n{'op':<20}{'CPU':<10}CUDA")
+    for op in fallback.__all__:  # has every op
         native = [
             torch._C._dispatch_has_kernel_for_dispatch_key(f"memkernels::{op}", device)
             for device in ("CPU", "CUDA")
         ]
-        cells = "".join(f"{'native' if has else '-':<10}" for has in native)
-        print(f"{op:<20}{cells}{'yes' if hasattr(fallback, op) else '-'}")
+        print(f"{op:<20}" + "".join(f"{'native' if has else 'fallback':<10}" for has in native))
 
 
 def main() -> None:
