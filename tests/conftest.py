@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import hypothesis
 import pytest
 
+import cuda_ops
 import memkernels
 from memkernels import fallback
 
@@ -33,14 +34,28 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="a wide sweep: --full"))
 
 
-@pytest.fixture(scope="session", params=["native", "fallback"])
-def ops(request):
-    """Each backend with one signature: what it returns is always everything."""
-    if request.param == "fallback":
+def backend(name):
+    """A backend with one signature: what it returns is always everything."""
+    if name == "fallback":
         return fallback
+    if name == "cuda":
+        return cuda_ops.namespace()
     return SimpleNamespace(
         paged_attention=functools.partial(memkernels.paged_attention, return_lse=True),
         gather_attention=functools.partial(memkernels.gather_attention, return_lse=True),
         merge_states=memkernels.merge_states,
         append_kv=memkernels.append_kv,
+        copy_pages=memkernels.copy_pages,
+        compact_kv=memkernels.compact_kv,
     )
+
+
+@pytest.fixture(scope="session", params=["native", "fallback", "cuda"])
+def ops(request):
+    return backend(request.param)
+
+
+@pytest.fixture(scope="session", params=["native", "cuda"])
+def kernels(request):
+    """The backends with kernels of their own."""
+    return backend(request.param)

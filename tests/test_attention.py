@@ -221,7 +221,7 @@ ERRORS = {
     "dtype_of_seq_lens": ("seq_lens", lambda c: {"seq_lens": c.seq_lens.float()}),
     "seq_len_above_max_seqlen": ("seq_lens|max_seqlen", lambda c: {"max_seqlen": 32}),
     "cu_seqlens_q_start": ("cu_seqlens_q", lambda c: {"cu_seqlens_q": c.cu_seqlens_q + 1}),
-    "cu_seqlens_q_end": ("cu_seqlens_q", lambda c: {"q": c.q[:-1]}),
+    "cu_seqlens_q_end": ("cu_seqlens_q|indices", lambda c: {"q": c.q[:-1]}),
     "cu_seqlens_q_falls": ("cu_seqlens_q", lambda c: {"cu_seqlens_q": c.cu_seqlens_q.flip(0)}),
     "cu_seqlens_q_size": ("cu_seqlens_q", lambda c: {"cu_seqlens_q": c.cu_seqlens_q[[0, 1, -1]]}),
     "cu_seqlens_k": ("cu_seqlens_k|k_cache", lambda c: {"cu_seqlens_k": c.cu_seqlens_q}),

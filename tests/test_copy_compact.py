@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,19 +12,12 @@ from torch import Tensor
 
 import memkernels
 from cases import POISON_PAGE, attention_case
-from memkernels import fallback, reference
+from memkernels import reference
 from test_attention import apart
 from tolerance import assert_same_bits, unchanged
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["NHD", "HND", "mixed", "shared"]
-
-
-@pytest.fixture(scope="session", params=["native", "fallback"])
-def caching(request):
-    """The two ops, of each backend."""
-    module = memkernels if request.param == "native" else fallback
-    return SimpleNamespace(copy_pages=module.copy_pages, compact_kv=module.compact_kv)
 
 
 def random_caches(num_pages, page_size, *, heads=2, head_dims=(24, 10), layout="NHD",
@@ -82,14 +74,14 @@ def check_copy(copy_pages, k_cache, v_cache, pairs):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-def test_copy(caching, dtype, layout, index_dtype):
+def test_copy(ops, dtype, layout, index_dtype):
     for n, page_size in (1, 1), (5, 7), (10, 16):
         caches = random_caches(12, page_size, layout=layout, dtype=dtype)
-        check_copy(caching.copy_pages, *caches, random_pairs(12, n).to(index_dtype))
+        check_copy(ops.copy_pages, *caches, random_pairs(12, n).to(index_dtype))
 
 
 @given(st.data())
-def test_copy_at_random(caching, data):
+def test_copy_at_random(ops, data):
     num_pages = data.draw(st.integers(2, 20))
     caches = random_caches(
         num_pages,
@@ -101,47 +93,47 @@ def test_copy_at_random(caching, data):
         seed=data.draw(st.integers(0, 2**16)),
     )
     pairs = random_pairs(num_pages, data.draw(st.integers(0, num_pages - 1)))
-    check_copy(caching.copy_pages, *caches, pairs)
+    check_copy(ops.copy_pages, *caches, pairs)
 
 
-def test_copy_nan(caching):
+def test_copy_nan(ops):
     """Unused slots hold anything; so do their copies."""
     caches = random_caches(4, 5)
     for cache in caches:
         cache[0, 1] = torch.nan
         cache[0, 2] = torch.inf
-    check_copy(caching.copy_pages, *caches, torch.tensor([[0, 3]]))
+    check_copy(ops.copy_pages, *caches, torch.tensor([[0, 3]]))
     assert caches[0][3, 1].isnan().all()
 
 
-def test_copy_nothing(caching):
+def test_copy_nothing(ops):
     caches = random_caches(6, 5)
     skipped = torch.tensor([[-1, 2], [3, -1], [-1, -1], [-1, 2], [2, -1]])
     for pairs in torch.zeros(0, 2, dtype=torch.long), skipped:
         with unchanged(*caches):
-            caching.copy_pages(*caches, pairs)
+            ops.copy_pages(*caches, pairs)
 
 
-def test_copy_slices_of_a_larger_cache(caching):
+def test_copy_slices_of_a_larger_cache(ops):
     """What lies between the rows of a cache is somebody else's."""
     caches = [apart(apart(cache, 2), 0) for cache in random_caches(6, 5)]
     between = [cache._base.clone() for cache in caches]
-    check_copy(caching.copy_pages, *caches, torch.tensor([[4, 1], [4, 2]]))
+    check_copy(ops.copy_pages, *caches, torch.tensor([[4, 1], [4, 2]]))
     for cache, before in zip(caches, between, strict=True):
         changed = (cache._base != before).sum()
         assert changed == 2 * cache[0].numel()
 
 
-def test_copy_strided_pairs(caching):
+def test_copy_strided_pairs(ops):
     caches = random_caches(6, 5)
-    check_copy(caching.copy_pages, *caches, torch.tensor([[1, 1], [4, 2]]).T)
-    check_copy(caching.copy_pages, *caches, apart(torch.tensor([[5, 3]]), 1))
+    check_copy(ops.copy_pages, *caches, torch.tensor([[1, 1], [4, 2]]).T)
+    check_copy(ops.copy_pages, *caches, apart(torch.tensor([[5, 3]]), 1))
 
 
-def test_copy_many_pages(caching):
+def test_copy_many_pages(ops):
     """More of them than one task takes."""
     caches = random_caches(3000, 16, heads=1, head_dims=(8, 8))
-    check_copy(caching.copy_pages, *caches, random_pairs(3000, 2000))
+    check_copy(ops.copy_pages, *caches, random_pairs(3000, 2000))
 
 
 COPY_ERRORS = {
@@ -169,12 +161,12 @@ COPY_ERRORS = {
 
 
 @pytest.mark.parametrize("error", COPY_ERRORS)
-def test_copy_errors_name_the_argument_and_change_nothing(caching, error):
+def test_copy_errors_name_the_argument_and_change_nothing(ops, error):
     names, position, change = COPY_ERRORS[error]
     tensors = [*random_caches(6, 5), torch.tensor([[0, 1]])]
     tensors[position] = change(tensors[position])
     with unchanged(*tensors), pytest.raises(RuntimeError, match=rf"copy_pages: .*({names})"):
-        caching.copy_pages(*tensors)
+        ops.copy_pages(*tensors)
 
 
 # ---- compact_kv ----------------------------------------------------------------------------------
@@ -251,15 +243,15 @@ def check_compact(compact_kv, case):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-def test_compact(caching, dtype, layout, shared, index_dtype):
+def test_compact(ops, dtype, layout, shared, index_dtype):
     options = {"layout": layout, "shared": shared, "dtype": dtype, "index_dtype": index_dtype}
     for seed in range(3):
         case = compaction([40, 0, 7, 1, 33], 20, seed=seed, **options)
-        check_compact(caching.compact_kv, case)
+        check_compact(ops.compact_kv, case)
 
 
 @given(st.data())
-def test_compact_at_random(caching, data):
+def test_compact_at_random(ops, data):
     lengths = data.draw(st.lists(st.integers(0, 70), max_size=4))
     case = compaction(
         lengths,
@@ -273,32 +265,32 @@ def test_compact_at_random(caching, data):
         index_dtype=data.draw(st.sampled_from([torch.int32, torch.int64])),
         seed=data.draw(st.integers(0, 2**16)),
     )
-    check_compact(caching.compact_kv, case)
+    check_compact(ops.compact_kv, case)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_compact_many_tokens(caching, layout):
+def test_compact_many_tokens(ops, layout):
     """More of them than one task takes."""
     options = {"page_size": 16, "layout": layout, "head_dims": (16, 8)}
-    check_compact(caching.compact_kv, compaction([9000, 5, 4000], 5000, seed=1, **options))
+    check_compact(ops.compact_kv, compaction([9000, 5, 4000], 5000, seed=1, **options))
 
 
-def test_compact_latent_cache(caching):
+def test_compact_latent_cache(ops):
     """Multi-head latent attention: one head of 576, of which 512 are V as well."""
     options = {"heads": 1, "head_dims": (576, 512), "page_size": 16, "layout": "shared"}
     for seed in range(4):
         case = compaction([300, 0, 90], 100, dtype=torch.bfloat16, seed=seed, **options)
-        check_compact(caching.compact_kv, case)
+        check_compact(ops.compact_kv, case)
 
 
 @pytest.mark.parametrize("first", ["k_cache", "v_cache"])
 @pytest.mark.parametrize("columns", [slice(0, 16), slice(8, 24), slice(20, 24)])
-def test_compact_views_of_one_another(caching, first, columns):
+def test_compact_views_of_one_another(ops, first, columns):
     """Either cache may be the view, of any columns; each row moves once."""
     case = compaction([40, 33], 20, seed=1)
     view = case.k_cache[..., columns]
     other = "v_cache" if first == "k_cache" else "k_cache"
-    check_compact(caching.compact_kv, case.replace(**{first: case.k_cache, other: view}))
+    check_compact(ops.compact_kv, case.replace(**{first: case.k_cache, other: view}))
 
 
 def test_compact_refuses_rows_that_overlap_in_part():
@@ -308,67 +300,67 @@ def test_compact_refuses_rows_that_overlap_in_part():
         memkernels.compact_kv(*case.replace(k_cache=k, v_cache=v).arguments())
 
 
-def test_compact_keeps_everything(caching):
+def test_compact_keeps_everything(ops):
     """Nothing moves, not even behind the end of a sequence."""
     case = compaction([40, 9], 0)
     every = torch.arange(40).expand(2, 1, -1)
     case = case.replace(keep=torch.where(every < case.seq_lens[:, None, None], every, -1))
     with unchanged(case.k_cache, case.v_cache):
-        assert caching.compact_kv(*case.arguments()).tolist() == [40, 9]
+        assert ops.compact_kv(*case.arguments()).tolist() == [40, 9]
 
 
-def test_compact_keeps_nothing(caching):
+def test_compact_keeps_nothing(ops):
     for budget in 0, 3:
         case = compaction([40, 0, 9], budget)
         case.keep[:] = -1
-        assert check_compact(caching.compact_kv, case).tolist() == [0, 0, 0]
+        assert check_compact(ops.compact_kv, case).tolist() == [0, 0, 0]
     case = compaction([40], 0)
     empty = case.replace(keep=case.keep[..., :0])
-    assert check_compact(caching.compact_kv, empty).tolist() == [0]
+    assert check_compact(ops.compact_kv, empty).tolist() == [0]
 
 
-def test_compact_no_sequences(caching):
-    assert check_compact(caching.compact_kv, compaction([], 4)).shape == (0,)
+def test_compact_no_sequences(ops):
+    assert check_compact(ops.compact_kv, compaction([], 4)).shape == (0,)
 
 
-def test_compact_absent_pages(caching):
+def test_compact_absent_pages(ops):
     """An absent page is fine where nothing is kept and nothing goes."""
     case = compaction([40, 9], 0, page_size=4, heads=1)
     case.page_table[0, 4:7] = -1  # tokens 16 to 27
     case = case.replace(keep=torch.full((2, 1, 12), -1))
     kept = torch.tensor([2, 3, 11, 13, 15, 28, 29, 33, 38, 39])
     case.keep[0, 0, :10] = kept
-    check_compact(caching.compact_kv, case)
+    check_compact(ops.compact_kv, case)
     case.page_table[0, 2] = case.page_table[0, 9]  # slot of a page not listed elsewhere any more
     case.page_table[0, 9] = -1
     case.seq_lens[0] = 36
     case.keep[0, 0, 8:] = -1
-    check_compact(caching.compact_kv, case)
+    check_compact(ops.compact_kv, case)
 
 
-def test_compact_entries_behind_the_sequence_mean_nothing(caching):
+def test_compact_entries_behind_the_sequence_mean_nothing(ops):
     """There a table may name pages in use, and pages that do not exist."""
     case = compaction([40, 9], 20, seed=1)
     case.page_table[1, 2:5] = case.page_table[0, :3]
-    check_compact(caching.compact_kv, case)
+    check_compact(ops.compact_kv, case)
 
 
-def test_compact_twice(caching):
+def test_compact_twice(ops):
     """What was kept once is a sequence like any other."""
     case = compaction([60, 45], 30, seed=1)
-    first = caching.compact_kv(*case.arguments())
+    first = ops.compact_kv(*case.arguments())
     again = compaction([60, 45], 30, seed=1)
     k, v, lens = reference.compact_kv(*arrays(*again.arguments()))
     keep = torch.tensor([0, 5, 6, 29]).expand(2, 1, -1)
     exact = reference.compact_kv(k, v, again.page_table.numpy(), lens, keep.numpy())
     second = case.replace(seq_lens=first, keep=keep)
     anywhere = case.unspecified() | second.unspecified()
-    assert caching.compact_kv(*second.arguments()).tolist() == [4, 4]
+    assert ops.compact_kv(*second.arguments()).tolist() == [4, 4]
     for cache, expected in zip((case.k_cache, case.v_cache), exact, strict=False):
         assert_same_bits(cache[~anywhere], torch.from_numpy(expected).float()[~anywhere])
 
 
-def test_compact_then_attend(caching):
+def test_compact_then_attend(ops):
     """Attention over what was kept is attention over the whole with the rest masked."""
     lengths = [50, 7]
     case = attention_case("paged", lengths, causal=False, dtype=torch.float64)
@@ -381,13 +373,13 @@ def test_compact_then_attend(caching):
             bias[case.page_table[b, tokens // 16].long(), tokens % 16, head] = 0
     expected = memkernels.paged_attention(**case.replace(key_bias=bias).arguments())
     caches = case.k_cache, case.v_cache
-    lens = caching.compact_kv(*caches, case.page_table, case.seq_lens, keep)
+    lens = ops.compact_kv(*caches, case.page_table, case.seq_lens, keep)
     actual = memkernels.paged_attention(**case.replace(seq_lens=lens).arguments())
     torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("dim", range(3))
-def test_compact_strided_inputs(caching, dim):
+def test_compact_strided_inputs(ops, dim):
     case = compaction([40, 0, 33], 20, seed=1)
     strided = {
         "k_cache": apart(case.k_cache, dim),
@@ -395,14 +387,14 @@ def test_compact_strided_inputs(caching, dim):
         "page_table": apart(case.page_table, 1),
         "keep": apart(case.keep, dim),
     }
-    check_compact(caching.compact_kv, case.replace(**strided))
+    check_compact(ops.compact_kv, case.replace(**strided))
 
 
 @pytest.mark.parametrize("name", ["seq_lens", "page_table", "keep"])
-def test_compact_other_strided_inputs_work_or_are_refused_by_name(caching, name):
+def test_compact_other_strided_inputs_work_or_are_refused_by_name(ops, name):
     case = compaction([40, 0, 33], 20, seed=1)
     try:
-        check_compact(caching.compact_kv, case.replace(**{name: apart(getattr(case, name), -1)}))
+        check_compact(ops.compact_kv, case.replace(**{name: apart(getattr(case, name), -1)}))
     except RuntimeError as error:
         assert name in str(error)
 
@@ -485,7 +477,7 @@ COMPACT_ERRORS = {
 
 
 @pytest.mark.parametrize("error", COMPACT_ERRORS)
-def test_compact_errors_name_the_argument_and_change_nothing(caching, error):
+def test_compact_errors_name_the_argument_and_change_nothing(ops, error):
     names, change = COMPACT_ERRORS[error]
     case = compaction([40, 9], 8)
     case = case.replace(**keep(0, 2, 7, 8, -1)(case))  # pages 0 and 1
@@ -495,7 +487,7 @@ def test_compact_errors_name_the_argument_and_change_nothing(caching, error):
         unchanged(*case.arguments()),
         pytest.raises(RuntimeError, match=rf"compact_kv: .*({names})"),
     ):
-        caching.compact_kv(*case.arguments())
+        ops.compact_kv(*case.arguments())
 
 
 # ---- both ----------------------------------------------------------------------------------------
@@ -508,10 +500,10 @@ def example(op, layout="NHD"):
     return compaction([40, 0, 9], 20, seed=1, layout=layout).arguments()
 
 
-ops = pytest.mark.parametrize("op", ["copy_pages", "compact_kv"])
+each_op = pytest.mark.parametrize("op", ["copy_pages", "compact_kv"])
 
 
-@ops
+@each_op
 @pytest.mark.parametrize("name", ["k_cache", "v_cache"])
 def test_strided_last_dim_is_refused_by_name(op, name):
     arguments = example(op)
@@ -521,27 +513,27 @@ def test_strided_last_dim_is_refused_by_name(op, name):
         getattr(memkernels, op)(*arguments)
 
 
-@ops
+@each_op
 @pytest.mark.parametrize("position", range(2))
-def test_not_differentiable(caching, op, position):
+def test_not_differentiable(ops, op, position):
     arguments = example(op)
     arguments[position].requires_grad_()
     with unchanged(*arguments), pytest.raises(RuntimeError, match=rf"{op}: .*not differentiable"):
-        getattr(caching, op)(*arguments)
+        getattr(ops, op)(*arguments)
     with torch.no_grad():
-        getattr(caching, op)(*arguments)
+        getattr(ops, op)(*arguments)
 
 
-@ops
-def test_version_of_both_caches_is_bumped(caching, op):
+@each_op
+def test_version_of_both_caches_is_bumped(ops, op):
     arguments = example(op)
     versions = [t._version for t in arguments]
-    getattr(caching, op)(*arguments)
+    getattr(ops, op)(*arguments)
     changed = [t._version > version for t, version in zip(arguments, versions, strict=True)]
     assert changed == [True, True] + [False] * (len(arguments) - 2)
 
 
-@ops
+@each_op
 def test_a_saved_cache_that_changes_is_noticed(op):
     arguments = example(op)
     weight = torch.ones(1, requires_grad=True)
@@ -551,20 +543,20 @@ def test_a_saved_cache_that_changes_is_noticed(op):
         product.backward()
 
 
-@ops
+@each_op
 def test_inference_mode(op):
     with torch.inference_mode():
         arguments = example(op)
         getattr(memkernels, op)(*arguments)
 
 
-@ops
+@each_op
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 def test_opcheck(op, layout):
     torch.library.opcheck(getattr(torch.ops.memkernels, op).default, example(op, layout))
 
 
-@ops
+@each_op
 @pytest.mark.parametrize("layout", ["NHD", "HND", "mixed"])
 def test_compile(op, layout):
     def step(k_cache, v_cache, *indices):
@@ -581,7 +573,7 @@ def test_compile(op, layout):
     torch._dynamo.reset()
 
 
-@ops
+@each_op
 def test_autocast_changes_nothing(op):
     arguments = example(op)
     caches = clones(*arguments[:2])

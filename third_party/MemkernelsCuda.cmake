@@ -1,5 +1,6 @@
 # Decides whether CUDA kernels are built: MEMKERNELS_CUDA=AUTO|ON|OFF, as a define or in the
-# environment. Sets MEMKERNELS_WITH_CUDA and, where it is off, MEMKERNELS_CUDA_REASON.
+# environment. Sets MEMKERNELS_WITH_CUDA, and MEMKERNELS_CUDA_VERSION or MEMKERNELS_CUDA_REASON.
+# CUDAARCHS in the environment chooses architectures; by default A100, Hopper, and PTX for newer.
 
 if(DEFINED ENV{MEMKERNELS_CUDA})
   set(_default "$ENV{MEMKERNELS_CUDA}")
@@ -29,8 +30,15 @@ else()
 endif()
 
 if(MEMKERNELS_WITH_CUDA)
+  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 90-virtual)
+  endif()
   enable_language(CUDA)
-  find_package(Cutlass REQUIRED)
-  set(MEMKERNELS_CUDA_REASON "this version has no CUDA kernels yet")
+  set(CMAKE_CUDA_STANDARD 17)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  find_package(CUDAToolkit REQUIRED)
+  set(MEMKERNELS_CUDA_VERSION ${CMAKE_CUDA_COMPILER_VERSION})
+  message(STATUS "CUDA kernels: ${CMAKE_CUDA_COMPILER_VERSION}, ${CMAKE_CUDA_ARCHITECTURES}")
+else()
+  message(STATUS "CUDA kernels: none, ${MEMKERNELS_CUDA_REASON}")
 endif()
-message(STATUS "CUDA kernels: none, ${MEMKERNELS_CUDA_REASON}")

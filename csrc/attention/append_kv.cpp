@@ -6,6 +6,7 @@
 
 #include "attention/cache.h"
 #include "core/check.h"
+#include "core/cuda/host_copy.h"
 
 namespace memkernels::attention {
 
@@ -63,6 +64,17 @@ void append_kv(const AppendKvArgs& a, const Context& ctx) {
     check_device(kOp, arg, *t, a.k_cache.device);
   }
   check_device(kOp, "slot_mapping", a.slot_mapping, a.k_cache.device);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    if (ctx.check_indices) {
+      HostCopies copies(kOp, ctx);
+      AppendKvArgs read = a;
+      copies.replace(read.slot_mapping);
+      checked_slots(read);
+    }
+    return cuda::append_kv(a, ctx);
+  }
+#endif
   const std::vector<int64_t> slots = checked_slots(a);
 
   // A task copies some 64 KiB.

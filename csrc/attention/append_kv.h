@@ -16,4 +16,8 @@ struct AppendKvArgs {
 
 void append_kv(const AppendKvArgs& args, const Context& ctx);
 
+namespace cuda {
+void append_kv(const AppendKvArgs& args, const Context& ctx);  // checked ones
+}
+
 }  // namespace memkernels::attention

@@ -1,5 +1,6 @@
 #include "attention/cache.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -22,6 +23,21 @@ void check_caches(const char* op, const TensorView& k_cache, const TensorView& v
     check_rows_contiguous(op, arg, *t);
     check_device(op, arg, *t, k_cache.device);
   }
+}
+
+DistinctCaches distinct_caches(const char* op, const TensorView& k, const TensorView& v) {
+  const auto k_begin = reinterpret_cast<uintptr_t>(k.data);
+  const auto v_begin = reinterpret_cast<uintptr_t>(v.data);
+  const auto k_end = k_begin + k.shape[3] * item_size(k.dtype);
+  const auto v_end = v_begin + v.shape[3] * item_size(v.dtype);
+  if (!std::equal(k.stride, k.stride + 3, v.stride) || k_end <= v_begin || v_end <= k_begin) {
+    return {2, {&k, &v}};
+  }
+  const bool k_holds_v = k_begin <= v_begin && v_end <= k_end;
+  const bool v_holds_k = v_begin <= k_begin && k_end <= v_end;
+  check(k_holds_v || v_holds_k, op,
+        "v_cache overlaps k_cache: their rows must be apart, or one within the other");
+  return {1, {k_holds_v ? &k : &v, nullptr}};
 }
 
 void copy_heads(const TokenHeads& from, const TokenHeads& to, int64_t heads, int64_t row) {

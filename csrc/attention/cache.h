@@ -8,6 +8,15 @@ namespace memkernels::attention {
 // Refuses caches that are not [num_pages, page_size, Hkv, D] and [num_pages, page_size, Hkv, Dv].
 void check_caches(const char* op, const TensorView& k_cache, const TensorView& v_cache);
 
+// The caches to move: one of them alone where its rows hold those of the other. Refuses rows that
+// overlap in part.
+struct DistinctCaches {
+  int count;
+  const TensorView* cache[2];
+};
+DistinctCaches distinct_caches(const char* op, const TensorView& k_cache,
+                               const TensorView& v_cache);
+
 // The heads of one token; strides and rows in bytes.
 struct TokenHeads {
   char* data;

@@ -11,6 +11,7 @@
 
 #include "attention/cache.h"
 #include "core/check.h"
+#include "core/cuda/host_copy.h"
 #include "core/memory.h"
 
 namespace memkernels::attention {
@@ -97,23 +98,6 @@ Kept checked_keep(const CompactKvArgs& a, bool absent_pages) {
   return kept;
 }
 
-// The caches to move: one of them alone where its rows hold those of the other.
-std::vector<const TensorView*> distinct_caches(const CompactKvArgs& a) {
-  const TensorView &k = a.k_cache, &v = a.v_cache;
-  const auto k_begin = reinterpret_cast<uintptr_t>(k.data);
-  const auto v_begin = reinterpret_cast<uintptr_t>(v.data);
-  const auto k_end = k_begin + k.shape[3] * item_size(k.dtype);
-  const auto v_end = v_begin + v.shape[3] * item_size(v.dtype);
-  if (!std::equal(k.stride, k.stride + 3, v.stride) || k_end <= v_begin || v_end <= k_begin) {
-    return {&k, &v};
-  }
-  const bool k_holds_v = k_begin <= v_begin && v_end <= k_end;
-  const bool v_holds_k = v_begin <= k_begin && k_end <= v_end;
-  check(k_holds_v || v_holds_k, kOp,
-        "v_cache overlaps k_cache: their rows must be apart, or one within the other");
-  return {k_holds_v ? &k : &v};
-}
-
 // Tokens of one sequence in one cache, found faster when they are asked for in rising order.
 class TokenFinder {
  public:
@@ -156,19 +140,30 @@ void compact_kv(const CompactKvArgs& a, const Context& ctx) {
     check_index(kOp, arg, *t);
     check_device(kOp, arg, *t, a.k_cache.device);
   }
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    if (ctx.check_indices) {
+      HostCopies copies(kOp, ctx);
+      CompactKvArgs read = a;
+      for (TensorView* t : {&read.page_table, &read.seq_lens, &read.keep}) copies.replace(*t);
+      checked_keep(read, check_pages(read));
+    }
+    return cuda::compact_kv(a, ctx);
+  }
+#endif
   const Kept kept = checked_keep(a, check_pages(a));
-  const std::vector<const TensorView*> caches = distinct_caches(a);
+  const DistinctCaches caches = distinct_caches(kOp, a.k_cache, a.v_cache);
 
   // A task moves some heads of one sequence in one cache: all of them, unless workers would idle.
   int64_t groups = 1;
-  const int64_t parts = batch * static_cast<int64_t>(caches.size());
+  const int64_t parts = batch * caches.count;
   while (groups * 2 <= heads && parts * groups < 2 * ctx.num_workers) groups *= 2;
   const int64_t per_group = (heads + groups - 1) / groups;
 
   run_tasks(ctx, ctx.num_workers, parts * groups, [&](int64_t task, int) {
     const int64_t h0 = task % groups * per_group, h1 = std::min(heads, h0 + per_group);
     const int64_t b = task / groups % batch;
-    const TensorView& cache = *caches[task / groups / batch];
+    const TensorView& cache = *caches.cache[task / groups / batch];
     const int64_t row = cache.shape[3] * item_size(cache.dtype);
     const int64_t head_stride = cache.stride[2] * item_size(cache.dtype);
     const int64_t count = kept.counts[b], ahead = 1 + kAheadBytes / ((h1 - h0) * row + 1);

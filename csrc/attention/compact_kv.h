@@ -17,4 +17,8 @@ struct CompactKvArgs {
 
 void compact_kv(const CompactKvArgs& args, const Context& ctx);
 
+namespace cuda {
+void compact_kv(const CompactKvArgs& args, const Context& ctx);  // checked ones
+}
+
 }  // namespace memkernels::attention

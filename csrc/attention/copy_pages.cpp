@@ -5,6 +5,7 @@
 
 #include "attention/cache.h"
 #include "core/check.h"
+#include "core/cuda/host_copy.h"
 #include "core/memory.h"
 
 namespace memkernels::attention {
@@ -67,6 +68,17 @@ void copy_pages(const CopyPagesArgs& a, const Context& ctx) {
   check_shape(kOp, "pairs", a.pairs, "[n, 2]", {-1, 2});
   check_index(kOp, "pairs", a.pairs);
   check_device(kOp, "pairs", a.pairs, a.k_cache.device);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    if (ctx.check_indices) {
+      HostCopies copies(kOp, ctx);
+      CopyPagesArgs read = a;
+      copies.replace(read.pairs);
+      checked_pairs(read);
+    }
+    return cuda::copy_pages(a, ctx);
+  }
+#endif
   const std::vector<Pair> pairs = checked_pairs(a);
   const int64_t n = pairs.size();
   run_tasks(ctx, n > 1 ? ctx.num_workers : 1, n, [&](int64_t i, int) {

@@ -14,4 +14,8 @@ struct CopyPagesArgs {
 
 void copy_pages(const CopyPagesArgs& args, const Context& ctx);
 
+namespace cuda {
+void copy_pages(const CopyPagesArgs& args, const Context& ctx);  // checked ones
+}
+
 }  // namespace memkernels::attention

@@ -39,6 +39,9 @@ void for_each_row(const MergeStatesArgs& a, const Context& ctx, const Row& row) 
 
 void merge_states(const MergeStatesArgs& a, const Context& ctx) {
   check_inputs("merge_states", a);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) return cuda::merge_states(a, ctx);
+#endif
   const MergeKernel kernel = kernel_for(a);
   for_each_row(a, ctx, [&](int64_t row) { kernel.forward(a, row); });
 }
@@ -59,6 +62,9 @@ void merge_states_backward(const MergeStatesArgs& a, const MergeStatesGrads& g,
     check_dtype(op, arg, *t, a.lses.dtype);
     check_contiguous(op, arg, *t);
   }
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) return cuda::merge_states_backward(a, g, ctx);
+#endif
   const MergeKernel kernel = kernel_for(a);
   for_each_row(a, ctx, [&](int64_t row) { kernel.backward(a, g, row); });
 }

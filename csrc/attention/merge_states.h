@@ -27,6 +27,12 @@ struct MergeStatesGrads {
 void merge_states_backward(const MergeStatesArgs& args, const MergeStatesGrads& grads,
                            const Context& ctx);
 
+namespace cuda {
+void merge_states(const MergeStatesArgs& args, const Context& ctx);  // checked ones
+void merge_states_backward(const MergeStatesArgs& args, const MergeStatesGrads& grads,
+                           const Context& ctx);
+}  // namespace cuda
+
 // Both work on row `row` of the T * H rows.
 struct MergeKernel {
   void (*forward)(const MergeStatesArgs&, int64_t row);

@@ -6,6 +6,7 @@
 #include "attention/plan.h"
 #include "attention/shared_prefix.h"
 #include "core/check.h"
+#include "core/cuda/host_copy.h"
 #include "core/memory.h"
 
 namespace memkernels::attention {
@@ -77,11 +78,32 @@ void cut_tasks(const Problem& p, int64_t workers, std::vector<SequenceTasks>& ta
   }
 }
 
+#ifdef MEMKERNELS_WITH_CUDA
+void run_on_cuda(const char* op, const PagedAttentionArgs& args, const Context& ctx) {
+  const Shapes shapes = check_shapes(op, args);
+  if (ctx.check_indices) {
+    HostCopies copies(op, ctx);
+    PagedAttentionArgs read = args;
+    for (TensorView* t : {&read.page_table, &read.seq_lens, &read.cu_seqlens_q, &read.cu_seqlens_k,
+                          &read.head_window, &read.indices, &read.sink_logit}) {
+      copies.replace(*t);
+    }
+    Plan plan;
+    make_plan(op, read, plan);
+  }
+  cuda::paged_attention(op, args, shapes, ctx);
+}
+#endif
+
 }  // namespace
 
 void paged_attention(const PagedAttentionArgs& args, const Context& ctx) {
+  const char* const op = given(args.indices) ? "gather_attention" : "paged_attention";
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) return run_on_cuda(op, args, ctx);
+#endif
   Plan plan;
-  make_plan(given(args.indices) ? "gather_attention" : "paged_attention", args, plan);
+  make_plan(op, args, plan);
   const Problem& p = plan.problem;
   if (plan.total_q == 0 || p.num_heads == 0) return;
 

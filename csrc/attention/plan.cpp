@@ -123,7 +123,7 @@ int workers_for(const Context& ctx, double multiply_adds) {
   return wanted < ctx.num_workers ? std::max(1, static_cast<int>(wanted)) : ctx.num_workers;
 }
 
-void make_plan(const char* op, const PagedAttentionArgs& a, Plan& plan) {
+Shapes check_shapes(const char* op, const PagedAttentionArgs& a) {
   const bool paged = given(a.page_table), packed = given(a.cu_seqlens_k);
   check(!(paged && packed), op, "cu_seqlens_k and page_table exclude each other");
   check(!(packed && given(a.seq_lens)), op,
@@ -170,7 +170,6 @@ void make_plan(const char* op, const PagedAttentionArgs& a, Plan& plan) {
           "cu_seqlens_q must be [B + 1], got ", shape_of(a.cu_seqlens_q));
     check_optional_index(op, "cu_seqlens_q", a.cu_seqlens_q, device);
     batch = a.cu_seqlens_q.shape[0] - 1;
-    check_cumulative(op, "cu_seqlens_q", a.cu_seqlens_q, batch, "q", total_q);
   }
   if (paged) {
     check(a.page_table.ndim == 2, op, "page_table must be [B, max_pages], got ",
@@ -183,7 +182,6 @@ void make_plan(const char* op, const PagedAttentionArgs& a, Plan& plan) {
           "cu_seqlens_k must be [B + 1] with B = ", batch, " as ", source, " implies, got ",
           shape_of(a.cu_seqlens_k));
     check_optional_index(op, "cu_seqlens_k", a.cu_seqlens_k, device);
-    check_cumulative(op, "cu_seqlens_k", a.cu_seqlens_k, batch, "k_cache", a.k_cache.shape[0]);
   } else {
     check(a.k_cache.shape[0] == batch, op, "k_cache has ", a.k_cache.shape[0], " sequences, ",
           source, " implies ", batch);
@@ -221,6 +219,19 @@ void make_plan(const char* op, const PagedAttentionArgs& a, Plan& plan) {
     check_shape(op, "sink_logit", a.sink_logit, "[Hq]", {heads});
     check_companion(op, "sink_logit", a.sink_logit, dtype);
     check_device(op, "sink_logit", a.sink_logit, device);
+  }
+
+  return {paged, packed, kv_dims, batch, total_q, heads, kv_heads, dim, dim_v};
+}
+
+void make_plan(const char* op, const PagedAttentionArgs& a, Plan& plan) {
+  const auto [paged, packed, kv_dims, batch, total_q, heads, kv_heads, dim, dim_v] =
+      check_shapes(op, a);
+  if (given(a.cu_seqlens_q)) {
+    check_cumulative(op, "cu_seqlens_q", a.cu_seqlens_q, batch, "q", total_q);
+  }
+  if (packed) {
+    check_cumulative(op, "cu_seqlens_k", a.cu_seqlens_k, batch, "k_cache", a.k_cache.shape[0]);
   }
 
   plan.total_q = total_q;
@@ -262,7 +273,7 @@ void make_plan(const char* op, const PagedAttentionArgs& a, Plan& plan) {
   }
 
   Problem& p = plan.problem;
-  p.dtype = dtype;
+  p.dtype = a.q.dtype;
   p.num_heads = heads;
   p.num_kv_heads = kv_heads;
   p.group = heads / kv_heads;

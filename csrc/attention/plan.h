@@ -17,9 +17,24 @@ struct Plan {
   int64_t total_q = 0;
 };
 
-// Refuses everything the contract refuses; reads only metadata, lengths and the page table.
+// What metadata alone says.
+struct Shapes {
+  bool paged, packed;
+  int kv_dims;  // dimensions of k_cache
+  int64_t batch, total_q, heads, kv_heads, dim, dim_v;
+};
+
+// Refuses what the contract refuses in shapes, dtypes, strides, devices and options.
+Shapes check_shapes(const char* op, const PagedAttentionArgs& args);
+
+// Reads lengths, indices and the page table too, on the CPU, and refuses what contradicts.
 // `plan` must stay where it is.
 void make_plan(const char* op, const PagedAttentionArgs& args, Plan& plan);
+
+namespace cuda {
+void paged_attention(const char* op, const PagedAttentionArgs& args, const Shapes& shapes,
+                     const Context& ctx);
+}
 
 // The sequence a row of q belongs to.
 int64_t sequence_of(const Plan& plan, int64_t token);

@@ -1,4 +1,4 @@
-// Where an op runs: its device and the host framework's workers.
+// Where an op runs: its device, the host framework's workers or stream, and device memory.
 #pragma once
 
 #include "core/tensor.h"
@@ -10,6 +10,13 @@ struct Context {
   int num_workers = 1;
   // Calls body(arg, w) for every w in [0, n), on up to n threads of the framework's pool.
   void (*run)(int n, void (*body)(void* arg, int worker), void* arg) = nullptr;
+
+  // On CUDA:
+  void* stream = nullptr;      // a cudaStream_t
+  bool check_indices = false;  // read what indices and lengths hold, and refuse what the CPU would
+  // Device memory, uninitialised, that lives until what the op launches has run.
+  void* (*allocate)(const Context& ctx, int64_t bytes) = nullptr;
+  void* arena = nullptr;  // the allocator's own
 };
 
 // Runs task(i, worker) for i in [0, num_tasks) on at most `workers` workers, which take the

@@ -9,7 +9,7 @@ import platform
 import torch
 
 import memkernels
-from memkernels import _C, fallback
+from memkernels import _C, _library, fallback
 
 
 def cuda_driver() -> str:
@@ -40,10 +40,7 @@ def info() -> None:
 
     print(f"\n{'op':<20}{'CPU':<10}CUDA")
     for op in fallback.__all__:  # has every op
-        native = [
-            torch._C._dispatch_has_kernel_for_dispatch_key(f"memkernels::{op}", device)
-            for device in ("CPU", "CUDA")
-        ]
+        native = [_library.has_kernel(op, device) for device in ("cpu", "cuda")]
         print(f"{op:<20}" + "".join(f"{'native' if has else 'fallback':<10}" for has in native))
 
 

@@ -34,15 +34,17 @@ _compiling = torch.compiler.is_compiling
 _transform = torch._C._functorch.peek_interpreter_stack
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    return _grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def below_autograd(*tensors: Tensor | None) -> bool:
     """True where a call may skip the autograd layer: nothing asks for a gradient, and neither
     the compiler nor a functorch transform nor forward mode is looking, so that all the layer
     would add is microseconds."""
     if _compiling() or _transform() is not None or forward_ad._current_level >= 0:
         return False
-    if not _grad_enabled():
-        return True
-    return not any(t is not None and t.requires_grad for t in tensors)
+    return not wants_gradient(*tensors)
 
 
 _BACKEND = os.environ.get("MEMKERNELS_BACKEND") or "native"
@@ -50,16 +52,21 @@ if _BACKEND not in ("native", "torch"):
     raise ImportError(f"MEMKERNELS_BACKEND must be native or torch, got {_BACKEND!r}")
 
 
-def use_fallback(t: Tensor, op: str) -> bool:
+def has_kernel(op: str, device: str) -> bool:
+    """Whether this build has a kernel of its own, for a device type such as "cuda"."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"memkernels::{op}", device.upper())
+
+
+def use_fallback(t: Tensor, op: str, *differentiable: Tensor | None) -> bool:
     """True where the plain torch implementation is to run: with ``MEMKERNELS_BACKEND=torch``, or
-    on a device for which this build has no kernel."""
+    on a device for which this build has no kernel; no backward one, if a gradient is asked for."""
     if _BACKEND == "torch":
         return True
     if t.is_cpu or t.is_meta:
         return False
-    return not torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"memkernels::{op}", t.device.type.upper()
-    )
+    if not has_kernel(op, t.device.type):
+        return True
+    return wants_gradient(*differentiable) and not has_kernel(f"{op}_backward", t.device.type)
 
 
 def no_gradient(op: str, tensors: dict[str, Tensor]) -> None:

@@ -96,7 +96,7 @@ def paged_attention(
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    if _library.use_fallback(q, "paged_attention"):
+    if _library.use_fallback(q, "paged_attention", q, k_cache, v_cache, key_bias, sink_logit):
         out, lse = fallback.paged_attention(
             q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
             scale=scale, causal=causal, window=window, sink_tokens=sink_tokens, softcap=softcap,
@@ -182,7 +182,7 @@ def gather_attention(
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    if _library.use_fallback(q, "gather_attention"):
+    if _library.use_fallback(q, "gather_attention", q, k_cache, v_cache, key_bias, sink_logit):
         out, lse = fallback.gather_attention(
             q, k_cache, v_cache, indices, page_table, seq_lens, cu_seqlens_q, unit=unit,
             scale=scale, causal=causal, softcap=softcap, key_bias=key_bias, sink_logit=sink_logit,
@@ -216,7 +216,7 @@ def merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
     Differentiable once in both arguments. Raises RuntimeError on mismatched shapes or dtypes.
     """
-    if _library.use_fallback(outs, "merge_states"):
+    if _library.use_fallback(outs, "merge_states", outs, lses):
         return fallback.merge_states(outs, lses)
     if _library.below_autograd(outs, lses):
         with _BelowAutograd():

@@ -30,7 +30,8 @@ PYBIND11_MODULE(_C, m) {
         py::dict info;
         info["compiler"] = "GCC-compatible " __VERSION__;
         info["build_type"] = MEMKERNELS_BUILD_TYPE;
-        info["cuda"] = py::none();
+        const std::string cuda = MEMKERNELS_CUDA_VERSION;
+        info["cuda"] = cuda.empty() ? py::object(py::none()) : py::str(cuda);
         info["cuda_reason"] = MEMKERNELS_CUDA_REASON;
         return info;
       },

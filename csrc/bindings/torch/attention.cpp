@@ -70,11 +70,12 @@ std::tuple<Tensor, Tensor> run_forward(const char* op, PagedAttentionArgs& a) {
   check(a.q.ndim == 3, op, "q must be [total_q, Hq, D], got ", shape_of(a.q));
   check(a.v_cache.ndim >= 1, op, "v_cache must have a head dimension");
   check_floating(op, "q", a.q);
-  Tensor out = empty({a.q.shape[0], a.q.shape[1], a.v_cache.shape[a.v_cache.ndim - 1]}, a.q.dtype);
-  Tensor lse = empty({a.q.shape[0], a.q.shape[1]}, accumulator(a.q.dtype));
+  const int64_t dim_v = a.v_cache.shape[a.v_cache.ndim - 1];
+  Tensor out = empty({a.q.shape[0], a.q.shape[1], dim_v}, a.q.dtype, a.q.device);
+  Tensor lse = empty({a.q.shape[0], a.q.shape[1]}, accumulator(a.q.dtype), a.q.device);
   a.out = view(op, "out", out);
   a.lse = view(op, "lse", lse);
-  attention::paged_attention(a, cpu_context());
+  attention::paged_attention(a, OpContext(op, a.q.device));
   return {out, lse};
 }
 
@@ -117,7 +118,7 @@ Gradients run_backward(const char* op, PagedAttentionArgs& a, const Tensor& dout
   g.dlse = view(op, "dlse", dlse);
   const auto gradient = [&](int bit, const TensorView& like, bool zero, TensorView& to) {
     const bool needed = (needs >> bit & 1) && given(like);
-    Tensor t = needed ? empty_like(like, zero) : empty({0}, a.q.dtype);
+    Tensor t = needed ? empty_like(like, zero) : empty({0}, a.q.dtype, a.q.device);
     if (needed) to = view(op, "gradient", t);
     return t;
   };
@@ -126,7 +127,7 @@ Gradients run_backward(const char* op, PagedAttentionArgs& a, const Tensor& dout
   Tensor dv = gradient(2, a.v_cache, true, g.dv_cache);
   Tensor dkey_bias = gradient(3, a.key_bias, true, g.dkey_bias);
   Tensor dsink_logit = gradient(4, a.sink_logit, true, g.dsink_logit);
-  attention::paged_attention_backward(a, g, cpu_context());
+  attention::paged_attention_backward(a, g, OpContext(op, a.q.device));
   return {dq, dk, dv, dkey_bias, dsink_logit};
 }
 
@@ -175,11 +176,11 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& outs, const Tensor& lses) 
   constexpr char op[] = "merge_states";
   attention::MergeStatesArgs a = merge_states_args(op, outs, lses);
   const int64_t* shape = a.outs.shape;
-  Tensor out = empty({shape[1], shape[2], shape[3]}, a.outs.dtype);
-  Tensor lse = empty({shape[1], shape[2]}, a.lses.dtype);
+  Tensor out = empty({shape[1], shape[2], shape[3]}, a.outs.dtype, a.outs.device);
+  Tensor lse = empty({shape[1], shape[2]}, a.lses.dtype, a.outs.device);
   a.out = view(op, "out", out);
   a.lse = view(op, "lse", lse);
-  attention::merge_states(a, cpu_context());
+  attention::merge_states(a, OpContext(op, a.outs.device));
   return {out, lse};
 }
 
@@ -197,7 +198,7 @@ std::tuple<Tensor, Tensor> merge_states_backward(const Tensor& dout, const Optio
   Tensor dlses = empty_like(a.lses);
   g.douts = view(op, "douts", douts);
   g.dlses = view(op, "dlses", dlses);
-  attention::merge_states_backward(a, g, cpu_context());
+  attention::merge_states_backward(a, g, OpContext(op, a.outs.device));
   return {douts, dlses};
 }
 
@@ -210,7 +211,7 @@ void append_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Te
   a.k_cache = view(op, "k_cache", k_cache);
   a.v_cache = view(op, "v_cache", v_cache);
   a.slot_mapping = view(op, "slot_mapping", slot_mapping);
-  attention::append_kv(a, cpu_context());
+  attention::append_kv(a, OpContext(op, a.k_cache.device));
 }
 
 void copy_pages(const Tensor& k_cache, const Tensor& v_cache, const Tensor& pairs) {
@@ -219,7 +220,7 @@ void copy_pages(const Tensor& k_cache, const Tensor& v_cache, const Tensor& pair
   a.k_cache = view(op, "k_cache", k_cache);
   a.v_cache = view(op, "v_cache", v_cache);
   a.pairs = view(op, "pairs", pairs);
-  attention::copy_pages(a, cpu_context());
+  attention::copy_pages(a, OpContext(op, a.k_cache.device));
 }
 
 Tensor compact_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& page_table,
@@ -233,13 +234,13 @@ Tensor compact_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& pa
   a.keep = view(op, "keep", keep);
   Tensor new_seq_lens = empty_like(a.seq_lens);
   a.new_seq_lens = view(op, "new_seq_lens", new_seq_lens);
-  attention::compact_kv(a, cpu_context());
+  attention::compact_kv(a, OpContext(op, a.k_cache.device));
   return new_seq_lens;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(memkernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(MEMKERNELS_NAMESPACE, m) {
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? page_table, "
       "Tensor? seq_lens, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? head_window, "
@@ -276,16 +277,27 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memkernels, m) {
       "Tensor keep) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(memkernels, CPU, m) {
+template <class Library>
+void implement(Library& m) {
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
-  m.impl("paged_attention_backward", TORCH_BOX(&paged_attention_backward));
   m.impl("gather_attention", TORCH_BOX(&gather_attention));
-  m.impl("gather_attention_backward", TORCH_BOX(&gather_attention_backward));
   m.impl("merge_states", TORCH_BOX(&merge_states));
   m.impl("merge_states_backward", TORCH_BOX(&merge_states_backward));
   m.impl("append_kv", TORCH_BOX(&append_kv));
   m.impl("copy_pages", TORCH_BOX(&copy_pages));
   m.impl("compact_kv", TORCH_BOX(&compact_kv));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) {
+  implement(m);
+#ifndef MEMKERNELS_SIMT
+  m.impl("paged_attention_backward", TORCH_BOX(&paged_attention_backward));
+  m.impl("gather_attention_backward", TORCH_BOX(&gather_attention_backward));
+#endif
+}
+
+#if defined(MEMKERNELS_WITH_CUDA) && !defined(MEMKERNELS_SIMT)
+STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CUDA, m) { implement(m); }
+#endif
 
 }  // namespace memkernels::binding

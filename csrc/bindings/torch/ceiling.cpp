@@ -12,22 +12,26 @@ namespace memkernels::binding {
 namespace {
 
 double read_ceiling(const Tensor& t) {
-  return memkernels::read_ceiling(view("_read_ceiling", "tensor", t), cpu_context());
+  constexpr char op[] = "_read_ceiling";
+  return memkernels::read_ceiling(view(op, "tensor", t), OpContext(op, Device()));
 }
 
 double gather_ceiling(const Tensor& t, const Tensor& order) {
   constexpr char op[] = "_gather_ceiling";
-  return memkernels::gather_ceiling(view(op, "tensor", t), view(op, "order", order), cpu_context());
+  return memkernels::gather_ceiling(view(op, "tensor", t), view(op, "order", order),
+                                    OpContext(op, Device()));
 }
 
 void update_ceiling(const Tensor& t) {
-  memkernels::update_ceiling(view("_update_ceiling", "tensor", t), cpu_context());
+  constexpr char op[] = "_update_ceiling";
+  memkernels::update_ceiling(view(op, "tensor", t), OpContext(op, Device()));
 }
 
 double fma_ceiling(const Tensor& like, int64_t rounds) {
-  const TensorView v = view("_fma_ceiling", "like", like);
-  check_floating("_fma_ceiling", "like", v);
-  return memkernels::flop_ceiling(v.dtype, rounds, cpu_context());
+  constexpr char op[] = "_fma_ceiling";
+  const TensorView v = view(op, "like", like);
+  check_floating(op, "like", v);
+  return memkernels::flop_ceiling(v.dtype, rounds, OpContext(op, Device()));
 }
 
 void advise_huge_pages(const Tensor& t) {

@@ -2,6 +2,9 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <dlfcn.h>
+
+#include <cstdlib>
 #include <cstring>
 
 #include "core/check.h"
@@ -10,6 +13,12 @@
 namespace memkernels::binding {
 
 namespace {
+
+#ifdef MEMKERNELS_SIMT
+constexpr bool kCudaOnHost = true;  // CPU tensors stand for CUDA ones
+#else
+constexpr bool kCudaOnHost = false;
+#endif
 
 Dtype dtype_of(const char* op, const char* arg, const Tensor& t) {
   int32_t code = 0;
@@ -48,21 +57,41 @@ int32_t code_of(Dtype dtype) {
   return -1;
 }
 
-Tensor empty(const int64_t* shape, int ndim, Dtype dtype, bool zeroed) {
+Tensor empty(const int64_t* shape, int ndim, Dtype dtype, Device device, bool zeroed) {
   int64_t strides[kMaxDims];
   int64_t count = 1;
   for (int i = ndim - 1; i >= 0; --i) {
     strides[i] = count;
     count *= shape[i];
   }
+  const bool cuda = device.type == DeviceType::cuda && !kCudaOnHost;
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, shape, strides, code_of(dtype),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      ndim, shape, strides, code_of(dtype),
+      cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(), device.index, &handle));
   Tensor t(handle);
+  if (cuda) {
+    if (zeroed) torch::stable::zero_(t);
+    return t;
+  }
   const size_t bytes = count * item_size(dtype);
   advise_huge_pages(t.data_ptr(), bytes);
   if (zeroed) std::memset(t.data_ptr(), 0, bytes);
   return t;
+}
+
+// Torch keeps it in a library that CPU builds lack, so it is looked up once that is loaded.
+void* current_stream(const char* op, int device) {
+  using GetStream = AOTITorchError (*)(int32_t, void**);
+  static const auto get = []() -> GetStream {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_NOW);
+    if (library == nullptr) return nullptr;
+    return reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  check(get != nullptr, op, "finds no libtorch_cuda.so to ask for the current CUDA stream");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return stream;
 }
 
 }  // namespace
@@ -73,7 +102,8 @@ TensorView view(const char* op, const char* arg, const Tensor& t) {
   check(ndim <= kMaxDims, op, arg, " has ", ndim, " dimensions");
   v.ndim = static_cast<int>(ndim);
   v.dtype = dtype_of(op, arg, t);
-  v.device = {t.is_cuda() ? DeviceType::cuda : DeviceType::cpu, t.get_device_index()};
+  const bool cuda = kCudaOnHost || t.is_cuda();
+  v.device = {cuda ? DeviceType::cuda : DeviceType::cpu, kCudaOnHost ? 0 : t.get_device_index()};
   if (v.device.type == DeviceType::cpu) v.device.index = 0;
   v.data = t.data_ptr();
   const auto sizes = t.sizes();
@@ -89,23 +119,35 @@ TensorView view(const char* op, const char* arg, const OptionalTensor& t) {
   return t ? view(op, arg, *t) : TensorView{};
 }
 
-Tensor empty(std::initializer_list<int64_t> shape, Dtype dtype, bool zeroed) {
-  return empty(shape.begin(), static_cast<int>(shape.size()), dtype, zeroed);
+Tensor empty(std::initializer_list<int64_t> shape, Dtype dtype, Device device, bool zeroed) {
+  return empty(shape.begin(), static_cast<int>(shape.size()), dtype, device, zeroed);
 }
 
 Tensor empty_like(const TensorView& t, bool zeroed) {
-  return empty(t.shape, t.ndim, t.dtype, zeroed);
+  return empty(t.shape, t.ndim, t.dtype, t.device, zeroed);
 }
 
-Context cpu_context() {
-  Context ctx;
-  ctx.num_workers = static_cast<int>(torch::stable::get_num_threads());
-  ctx.run = [](int n, void (*body)(void*, int), void* arg) {
-    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t w = begin; w < end; ++w) body(arg, static_cast<int>(w));
-    });
+OpContext::OpContext(const char* op, Device device) {
+  ctx_.device = device;
+  if (device.type == DeviceType::cpu) {
+    ctx_.num_workers = static_cast<int>(torch::stable::get_num_threads());
+    ctx_.run = [](int n, void (*body)(void*, int), void* arg) {
+      torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t w = begin; w < end; ++w) body(arg, static_cast<int>(w));
+      });
+    };
+    return;
+  }
+  if (!kCudaOnHost) ctx_.stream = current_stream(op, device.index);
+  const char* const check_indices = std::getenv("MEMKERNELS_CHECK");
+  ctx_.check_indices = check_indices != nullptr && std::strcmp(check_indices, "1") == 0;
+  ctx_.arena = &allocated_;
+  // Torch hands the memory on only to what the stream runs later.
+  ctx_.allocate = [](const Context& ctx, int64_t bytes) {
+    auto& allocated = *static_cast<std::vector<Tensor>*>(ctx.arena);
+    allocated.push_back(empty({(bytes + 7) / 8}, Dtype::i64, ctx.device));
+    return allocated.back().data_ptr();
   };
-  return ctx;
 }
 
 }  // namespace memkernels::binding

@@ -7,9 +7,15 @@
 
 #include <initializer_list>
 #include <optional>
+#include <vector>
 
 #include "core/context.h"
 #include "core/tensor.h"
+
+// tests/simt registers the CUDA ops a second time, to run on the host.
+#ifndef MEMKERNELS_NAMESPACE
+#define MEMKERNELS_NAMESPACE memkernels
+#endif
 
 namespace memkernels::binding {
 
@@ -20,10 +26,21 @@ using OptionalTensor = std::optional<Tensor>;
 TensorView view(const char* op, const char* arg, const Tensor& t);
 TensorView view(const char* op, const char* arg, const OptionalTensor& t);
 
-// Contiguous, on the CPU; large ones advised to huge pages. `zeroed`: filled with zeros.
-Tensor empty(std::initializer_list<int64_t> shape, Dtype dtype, bool zeroed = false);
+// Contiguous; large ones on the CPU advised to huge pages. `zeroed`: filled with zeros.
+Tensor empty(std::initializer_list<int64_t> shape, Dtype dtype, Device device, bool zeroed = false);
 Tensor empty_like(const TensorView& t, bool zeroed = false);
 
-Context cpu_context();
+// Where an op with tensors on `device` runs. Owns what the op allocates there.
+class OpContext {
+ public:
+  OpContext(const char* op, Device device);
+  OpContext(const OpContext&) = delete;
+  OpContext& operator=(const OpContext&) = delete;
+  operator const Context&() const { return ctx_; }
+
+ private:
+  Context ctx_;
+  std::vector<Tensor> allocated_;
+};
 
 }  // namespace memkernels::binding

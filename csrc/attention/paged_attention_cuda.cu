@@ -1,0 +1,192 @@
+// From the arguments of paged attention to the kernels and their grid.
+#include "attention/paged_attention_cuda.h"
+
+#include <algorithm>
+#include <cmath>
+#include <iterator>
+#include <utility>
+
+#include "attention/plan.h"
+
+namespace memkernels::attention::cuda {
+
+namespace {
+
+using Launch = void (*)(const char*, const AttentionParams&, int, int64_t, int64_t, const Context&);
+
+template <class T>
+Launch launch_for(int dim_class) {
+  constexpr Launch kLaunches[] = {launch_attention<T, 64>, launch_attention<T, 128>,
+                                  launch_attention<T, 256>, launch_attention<T, 576>};
+  return kLaunches[dim_class];
+}
+
+Launch launch_for(const char* op, Dtype dtype, int dim_class) {
+  switch (dtype) {
+    case Dtype::f32:
+      return launch_for<float>(dim_class);
+    case Dtype::bf16:
+      return launch_for<bf16>(dim_class);
+    case Dtype::f16:
+      return launch_for<f16>(dim_class);
+    default:
+      fail(op, "q has an unsupported dtype ", name(dtype),
+           "; supported on CUDA: float32, bfloat16, float16");
+  }
+}
+
+int as_int(const char* op, const char* what, int64_t n) {
+  check(n <= kNoLimit, op, what, " ", n, " exceed what a CUDA launch takes");
+  return static_cast<int>(n);
+}
+
+CacheRows cache_rows(const TensorView& t, int leading) {
+  const Rows rows = rows_of(t, leading);
+  return {rows.data, rows.outer_stride, rows.token_stride, rows.head_stride};
+}
+
+bool aligned_to_16(const CacheRows& rows, int64_t dim, int64_t size) {
+  const int64_t numbers = rows.outer_stride | rows.token_stride | rows.head_stride | dim;
+  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && numbers * size % 16 == 0;
+}
+
+// Multi-head latent attention keeps V in the first columns of K.
+bool v_within_k(const PagedAttentionArgs& a) {
+  const TensorView &k = a.k_cache, &v = a.v_cache;
+  return k.data == v.data && v.shape[v.ndim - 1] <= k.shape[k.ndim - 1] &&
+         std::equal(k.stride, k.stride + k.ndim - 1, v.stride);
+}
+
+AttentionParams params_of(const char* op, const PagedAttentionArgs& a, const Shapes& shapes) {
+  AttentionParams p{};
+  const int64_t size = item_size(a.q.dtype);
+  p.q = a.q.data;
+  p.q_stride = a.q.stride[0];
+  p.q_head_stride = a.q.stride[1];
+  p.k = cache_rows(a.k_cache, shapes.kv_dims - 1);
+  p.v = cache_rows(a.v_cache, shapes.kv_dims - 1);
+  p.key_bias = cache_rows(a.key_bias, shapes.kv_dims - 1);
+  p.bias_is_float = a.key_bias.dtype == Dtype::f32;
+  p.aligned = aligned_to_16(p.k, shapes.dim, size) && aligned_to_16(p.v, shapes.dim_v, size) &&
+              aligned_to_16({a.q.data, a.q.stride[0], a.q.stride[1], 0}, shapes.dim, size);
+  p.v_within_k = v_within_k(a);
+  p.page_table = integers(a.page_table, 1);
+  p.table_row_stride = shapes.paged ? a.page_table.stride[0] : 0;
+  p.seq_lens = integers(a.seq_lens);
+  p.cu_seqlens_q = integers(a.cu_seqlens_q);
+  p.cu_seqlens_k = integers(a.cu_seqlens_k);
+  p.head_window = integers(a.head_window);
+  p.sink_logit = a.sink_logit.data;
+  p.sink_is_float = a.sink_logit.dtype == Dtype::f32;
+  p.sink_stride = given(a.sink_logit) ? a.sink_logit.stride[0] : 0;
+
+  p.num_sequences = as_int(op, "sequences", shapes.batch);
+  p.total_q = as_int(op, "queries", shapes.total_q);
+  as_int(op, "queries times heads", shapes.total_q * shapes.heads);
+  p.num_heads = static_cast<int>(shapes.heads);
+  p.num_kv_heads = static_cast<int>(shapes.kv_heads);
+  p.group = static_cast<int>(shapes.heads / shapes.kv_heads);
+  p.dim = static_cast<int>(shapes.dim);
+  p.dim_v = static_cast<int>(shapes.dim_v);
+  p.num_pages = as_int(op, "pages", a.k_cache.shape[0]);
+  p.page_size = shapes.packed ? 1 : as_int(op, "tokens of a page", a.k_cache.shape[1]);
+  const int64_t capacity = shapes.packed  ? a.k_cache.shape[0]
+                           : shapes.paged ? a.page_table.shape[1] * a.k_cache.shape[1]
+                                          : a.k_cache.shape[1];
+  p.capacity = static_cast<int>(std::min<int64_t>(capacity, kNoLimit));
+  p.max_length = p.capacity;
+  if (a.max_seqlen >= 0) {
+    p.max_length = static_cast<int>(std::min<int64_t>(a.max_seqlen, p.capacity));
+  }
+  p.unit = 1;
+  p.listed = given(a.indices);
+  if (p.listed) {
+    p.indices = integers(a.indices, 2);
+    p.list_query_stride = a.indices.stride[0];
+    p.list_head_stride = a.indices.shape[1] == 1 ? 0 : a.indices.stride[1];
+    p.list_length = as_int(op, "entries of a list", a.indices.shape[2]);
+    if (a.index_pages) p.unit = p.page_size;
+    as_int(op, "listed tokens", int64_t{p.list_length} * p.unit);
+  }
+  p.scale = static_cast<float>(a.scale);
+  p.softcap = static_cast<float>(a.softcap);
+  p.causal = a.causal;
+  p.window = a.window < 0 ? kNoLimit : static_cast<int>(std::min<int64_t>(a.window, kNoLimit));
+  p.sink_tokens = static_cast<int>(std::min<int64_t>(a.sink_tokens, kNoLimit));
+  p.out = a.out.data;
+  p.lse = static_cast<float*>(a.lse.data);
+  return p;
+}
+
+// One query a sequence, or one list a query: blocks of rows are counted by queries.
+bool single_queries(const PagedAttentionArgs& a) {
+  return given(a.indices) || !given(a.cu_seqlens_q);
+}
+
+}  // namespace
+
+SharedPlan plan_shared(const AttentionParams& p, int item_size, int rows,
+                       const SharedMemory& limits) {
+  const int dim = std::max(p.dim, p.dim_v);
+  const int keys =
+      keys_of_tile(item_size, *std::lower_bound(std::begin(kDims), std::end(kDims), dim));
+  const auto pitch = [&](int d) { return (int64_t{d} * item_size + 127) & ~int64_t{127}; };
+  const int64_t stage = keys * (pitch(p.dim) + (p.v_within_k ? 0 : pitch(p.dim_v)) + 16);
+  const int64_t others = rows * (pitch(p.dim) + (keys + 8) * 4);
+  constexpr int64_t kReserved = 1024;  // of each block, by the system
+  SharedPlan plan;
+  for (int stages = 2; stages <= 4; ++stages) {
+    const int64_t bytes = others + stages * stage;
+    // Two blocks a multiprocessor are worth more than a deeper pipeline.
+    const bool two_fit = 2 * (bytes + kReserved) <= limits.of_multiprocessor;
+    if (bytes > limits.of_block || (stages > 2 && !two_fit && plan.stages >= 3)) break;
+    plan = {stages, bytes};
+  }
+  return plan;
+}
+
+void paged_attention(const char* op, const PagedAttentionArgs& a, const Shapes& shapes,
+                     const Context& ctx) {
+  const int64_t size = item_size(a.q.dtype);
+  const int dim = static_cast<int>(std::max(shapes.dim, shapes.dim_v));
+  const int dim_class = static_cast<int>(std::lower_bound(std::begin(kDims), std::end(kDims), dim) -
+                                         std::begin(kDims));
+  const Launch launch = launch_for(op, a.q.dtype, dim_class);
+  AttentionParams p = params_of(op, a, shapes);
+  if (shapes.total_q == 0 || shapes.heads == 0) return;
+  const DeviceGuard guard(op, ctx.device);
+
+  // Blocks of as few rows as hold a sequence's, on average, without reading keys twice.
+  const SharedMemory limits = shared_memory_of(op, ctx.device);
+  const bool single = single_queries(a);
+  const int64_t mean_rows = single ? p.group : ceil_div(shapes.total_q, shapes.batch) * p.group;
+  int rows = mean_rows > 16 ? 64 : 16;
+  SharedPlan shared = plan_shared(p, static_cast<int>(size), rows, limits);
+  if (shared.stages == 0) {
+    rows = 16;
+    shared = plan_shared(p, static_cast<int>(size), rows, limits);
+  }
+  check(shared.stages > 0, op, "head dims ", p.dim, " and ", p.dim_v, " in ", name(a.q.dtype),
+        " need more than the ", limits.of_block, " bytes of shared memory of a block on this GPU");
+  p.stages = shared.stages;
+
+  p.blocks_of_query = single ? static_cast<int>(ceil_div(p.group, rows)) : 0;
+  const int64_t slots =
+      single ? shapes.total_q * p.blocks_of_query : shapes.total_q * p.group / rows + shapes.batch;
+  const int64_t keys = given(a.indices)
+                           ? std::min<int64_t>(int64_t{p.list_length} * p.unit, kNoLimit)
+                           : p.max_length;
+  p.partial_queries = given(a.cu_seqlens_q) ? std::min(p.total_q, kMaxSplitQueries) : 1;
+  p.splits = static_cast<int>(std::clamp<int64_t>(ceil_div(keys, 256), 1, kMaxSplits));
+  if (p.splits > 1) {
+    const int64_t queries = shapes.batch * p.partial_queries;
+    const int64_t partials = queries * shapes.heads * p.splits;
+    p.partial_out = static_cast<float*>(ctx.allocate(ctx, partials * shapes.dim_v * 4));
+    p.partial_states =
+        static_cast<PartialState*>(ctx.allocate(ctx, partials * sizeof(PartialState)));
+    p.num_splits = static_cast<int*>(ctx.allocate(ctx, queries * shapes.kv_heads * 4));
+  }
+  launch(op, p, rows, slots * p.splits * shapes.kv_heads, shared.bytes, ctx);
+}
+
+}  // namespace memkernels::attention::cuda

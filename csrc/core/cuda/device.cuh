@@ -1,0 +1,53 @@
+// What kernels reach the hardware through, so that their logic also runs on the host: tests/simt
+// compiles them with functions of its own in the place of ptx.cuh.
+#pragma once
+
+#include "core/cuda/types.h"
+#ifdef __CUDACC__
+#include "core/cuda/ptx.cuh"
+#else
+#include "ptx_on_host.h"
+#endif
+
+namespace memkernels::cuda {
+
+inline constexpr unsigned kWholeWarp = 0xffffffffu;
+inline constexpr float kInfinity = __builtin_huge_valf();
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(bf16 x) { return bits_to_float(uint32_t{x.bits} << 16); }
+
+__device__ __forceinline__ void narrow(float x, float& to) { to = x; }
+template <class T>
+__device__ __forceinline__ void narrow(float x, T& to) {
+  to.bits = static_cast<uint16_t>(pack(T(), x, 0.f));
+}
+
+// Stores two elements side by side; `to` is aligned to them.
+__device__ __forceinline__ void store_pair(float* to, float first, float second) {
+  to[0] = first;
+  to[1] = second;
+}
+template <class T>
+__device__ __forceinline__ void store_pair(T* to, float first, float second) {
+  *reinterpret_cast<uint32_t*>(to) = pack(T(), first, second);
+}
+
+__device__ __forceinline__ int64_t integer_at(const Integers& t, int64_t offset) {
+  return t.wide ? static_cast<const int64_t*>(t.data)[offset]
+                : static_cast<const int32_t*>(t.data)[offset];
+}
+__device__ __forceinline__ int64_t at(const Integers& t, int64_t i) {
+  return integer_at(t, i * t.stride);
+}
+
+template <class T>
+__device__ __forceinline__ T warp_max(T x) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    const T other = __shfl_xor_sync(kWholeWarp, x, lanes);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+}  // namespace memkernels::cuda

@@ -1,0 +1,86 @@
+// Launching kernels from the op layer's arguments: devices, limits, errors.
+#pragma once
+
+#include "core/check.h"
+#include "core/context.h"
+#include "core/cuda/types.h"
+#ifndef __CUDACC__
+#include "launch_on_host.h"
+#endif
+
+namespace memkernels::cuda {
+
+// Along one dimension; absent tensors have no data.
+inline Integers integers(const TensorView& t, int dim = 0) {
+  if (!given(t)) return {};
+  return {t.data, t.stride[dim], t.dtype == Dtype::i64};
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#ifdef __CUDACC__
+
+inline void check_cuda(const char* op, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  const bool driver = error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice;
+  fail(op, "CUDA says: ", cudaGetErrorString(error),
+       driver ? ". This build needs an NVIDIA GPU and driver 580 or newer (CUDA 13)" : "");
+}
+
+// Makes the tensors' device current; puts back what was.
+class DeviceGuard {
+ public:
+  DeviceGuard(const char* op, Device device) {
+    check_cuda(op, cudaGetDevice(&before_));
+    if (before_ != device.index) check_cuda(op, cudaSetDevice(device.index));
+    changed_ = before_ != device.index;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+// Bytes of shared memory a block may have, and what all blocks of a multiprocessor share.
+struct SharedMemory {
+  int64_t of_block, of_multiprocessor;
+};
+
+inline SharedMemory shared_memory_of(const char* op, Device device) {
+  int block = 0, all = 0;
+  check_cuda(op,
+             cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index));
+  check_cuda(
+      op, cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device.index));
+  return {block, all};
+}
+
+inline void copy_to_host(const char* op, const Context& ctx, void* to, const void* from,
+                         int64_t bytes) {
+  const auto stream = static_cast<cudaStream_t>(ctx.stream);
+  check_cuda(op, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream));
+  check_cuda(op, cudaStreamSynchronize(stream));
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const char* op, const Context& ctx, void (*kernel)(Parameters...), int64_t blocks,
+            int threads, int64_t shared_bytes, const Arguments&... arguments) {
+  check(blocks <= 0x7fffffff, op, "too large for one launch: ", blocks, " blocks");
+  if (blocks == 0) return;
+  if (shared_bytes > 48 * 1024) {
+    check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes)));
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes,
+           static_cast<cudaStream_t>(ctx.stream)>>>(arguments...);
+  check_cuda(op, cudaGetLastError());
+}
+
+#endif
+
+}  // namespace memkernels::cuda

@@ -1,0 +1,130 @@
+"""The ops with their CUDA kernels, for CPU tensors: on a GPU where there is one and the build has
+CUDA kernels, else on the host, by the runner in tests/simt."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor
+
+import memkernels
+from memkernels import _C, attention
+
+SIMT = Path(__file__).parent / "simt"
+OPS = (
+    "paged_attention", "gather_attention", "merge_states", "append_kv", "copy_pages", "compact_kv"
+)  # fmt: skip
+ASYNC = {"eager": 0, "lazy": 1, "random": 2}
+
+
+def on_gpu() -> bool:
+    return torch.cuda.is_available() and _C.build_info()["cuda"] is not None
+
+
+@functools.cache
+def library(check: str = "") -> ctypes.CDLL:
+    """Builds the runner, with a detector ("race" or "address") if wanted, and loads its ops."""
+    missing = [tool for tool in ("cmake", "ninja", "g++") if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"the host runner of CUDA kernels needs {', '.join(missing)}")
+    repository = SIMT.parents[1]
+    root = repository / "build" if os.access(repository, os.W_OK) else Path(tempfile.gettempdir())
+    build = root / f"memkernels-simt-{check or 'plain'}"
+    core = Path(_C.__file__).parent / "libmemkernels.so"
+    configure = [
+        *("cmake", "-G", "Ninja", "-S", str(SIMT), "-B", str(build)),
+        *(f"-DPython_EXECUTABLE={sys.executable}", f"-DLIBMEMKERNELS={core}"),
+        f"-DSIMT_CHECK={check}",
+    ]
+    for command in configure, ["cmake", "--build", str(build)]:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    path = str(build / "libmemkernels_simt.so")
+    torch.ops.load_library(path)
+    return ctypes.CDLL(path)
+
+
+@contextlib.contextmanager
+def schedule(seed: int, async_copies: str = "lazy", check: str = ""):
+    """Within, threads take turns in an order drawn from the seed (0: as numbered), and copies land
+    at once ("eager"), when waited for ("lazy") or either ("random")."""
+    configure = library(check).simt_configure
+    configure(ctypes.c_uint64(seed), ASYNC[async_copies])
+    yield
+    configure(ctypes.c_uint64(0), ASYNC["lazy"])
+
+
+def races() -> tuple[int, str]:
+    """How many races there were since the last call, and the first of them."""
+    text = ctypes.create_string_buffer(256)
+    return library("race").simt_races(text, len(text)), text.value.decode()
+
+
+def on_host(op: str, *args, check_indices: bool = True, check: str = "", **kwargs):
+    """The public function, with the op of the host runner behind it."""
+    library(check)
+    emulated = getattr(getattr(torch.ops, f"memkernels_simt{check}"), op).default
+    with (
+        mock.patch.object(attention, f"_{op}", emulated),
+        mock.patch.dict(os.environ, {"MEMKERNELS_CHECK": str(int(check_indices))}),
+        torch.no_grad(),
+    ):
+        return getattr(memkernels, op)(*args, **kwargs)
+
+
+def on_device(op: str, *args, check_indices: bool = True, **kwargs):
+    """The public function on copies of the tensors, whose changes come back."""
+    storages = {}
+
+    def move(value):
+        if not isinstance(value, Tensor):
+            return value
+        storage = value.untyped_storage()
+        there = storages.get(storage.data_ptr())
+        if there is None:
+            there = storages[storage.data_ptr()] = (storage, storage.cuda())
+        layout = value.storage_offset(), value.shape, value.stride()
+        return torch.empty(0, dtype=value.dtype, device="cuda").set_(there[1], *layout)
+
+    args, kwargs = torch.utils._pytree.tree_map(move, (args, kwargs))
+    with mock.patch.dict(os.environ, {"MEMKERNELS_CHECK": str(int(check_indices))}):
+        results = getattr(memkernels, op)(*args, **kwargs)
+    for here, there in storages.values():
+        here.copy_(there)
+    return torch.utils._pytree.tree_map_only(Tensor, Tensor.cpu, results)
+
+
+def run(op: str, *args, **kwargs):
+    """An op with its CUDA kernel; what that lacks skips the test or example."""
+    tensors = [x for x in [*args, *kwargs.values()] if isinstance(x, Tensor)]
+    lacking = None
+    if any(x.dtype == torch.float64 for x in tensors):
+        lacking = "CUDA kernels have no float64"
+    elif torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        lacking = "autograd is above what is tested here"
+    if lacking:
+        if hypothesis.currently_in_test_context():
+            hypothesis.reject()
+        pytest.skip(lacking)
+    return (on_device if on_gpu() else on_host)(op, *args, **kwargs)
+
+
+def namespace(run=run) -> SimpleNamespace:
+    """All ops, with all their results."""
+    ops = {op: functools.partial(run, op) for op in OPS}
+    for op in "paged_attention", "gather_attention":
+        ops[op] = functools.partial(ops[op], return_lse=True)
+    return SimpleNamespace(**ops)
