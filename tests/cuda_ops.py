@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -34,34 +35,54 @@ def on_gpu() -> bool:
     return torch.cuda.is_available() and _C.build_info()["cuda"] is not None
 
 
-@functools.cache
-def library(check: str = "") -> ctypes.CDLL:
-    """Builds the runner, with a detector ("race" or "address") if wanted, and loads its ops."""
+def build(source: Path, name: str, *options: str) -> Path:
+    """Builds a CMake project of the tests, or what changed of it; returns its build folder."""
     missing = [tool for tool in ("cmake", "ninja", "g++") if shutil.which(tool) is None]
     if missing:
         pytest.skip(f"the host runner of CUDA kernels needs {', '.join(missing)}")
     repository = SIMT.parents[1]
     root = repository / "build" if os.access(repository, os.W_OK) else Path(tempfile.gettempdir())
-    build = root / f"memkernels-simt-{check or 'plain'}"
-    core = Path(_C.__file__).parent / "libmemkernels.so"
-    configure = [
-        *("cmake", "-G", "Ninja", "-S", str(SIMT), "-B", str(build)),
-        *(f"-DPython_EXECUTABLE={sys.executable}", f"-DLIBMEMKERNELS={core}"),
-        f"-DSIMT_CHECK={check}",
-    ]
-    for command in configure, ["cmake", "--build", str(build)]:
+    folder = root / name
+    configure = ["cmake", "-G", "Ninja", "-S", str(source), "-B", str(folder)]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", *options]
+    for command in configure, ["cmake", "--build", str(folder)]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
-    path = str(build / "libmemkernels_simt.so")
+    return folder
+
+
+@functools.cache
+def library(check: str = "") -> ctypes.CDLL:
+    """The runner, with a detector ("race" or "address") if wanted, its ops loaded."""
+    core = Path(_C.__file__).parent / "libmemkernels.so"
+    folder = build(
+        *(SIMT, f"memkernels-simt-{check or 'plain'}"),
+        *(f"-DLIBMEMKERNELS={core}", f"-DSIMT_CHECK={check}"),
+    )
+    path = str(folder / "libmemkernels_simt.so")
     torch.ops.load_library(path)
     return ctypes.CDLL(path)
 
 
+@functools.cache
+def cute_library() -> ctypes.CDLL:
+    """CuTe kernels under the runner."""
+    if importlib.util.find_spec("cutlass_library") is None:
+        pytest.skip("no CUTLASS headers: pip install --no-deps nvidia-cutlass==4.2.0.0")
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), str(Path(nvcc).resolve().parents[1])]
+    home = next((h for h in homes if (Path(h) / "include/cuda_bf16.h").exists()), None)
+    if home is None:
+        pytest.skip("no CUDA headers: set CUDA_HOME")
+    folder = build(SIMT / "cute", "memkernels-simt-cute", f"-DCUDA_HOME={home}")
+    return ctypes.CDLL(str(folder / "libmemkernels_simt_cute.so"))
+
+
 @contextlib.contextmanager
-def schedule(seed: int, async_copies: str = "lazy", check: str = ""):
+def schedule(seed: int, async_copies: str = "lazy", runner: ctypes.CDLL | None = None):
     """Within, threads take turns in an order drawn from the seed (0: as numbered), and copies land
     at once ("eager"), when waited for ("lazy") or either ("random")."""
-    configure = library(check).simt_configure
+    configure = (runner or library()).simt_configure
     configure(ctypes.c_uint64(seed), ASYNC[async_copies])
     yield
     configure(ctypes.c_uint64(0), ASYNC["lazy"])

@@ -78,7 +78,7 @@ def test_reports_name_block_thread_and_place():
 def test_no_races_in_correct_kernels(kernel):
     cuda_ops.races()
     for seed in range(4):
-        with cuda_ops.schedule(seed, check="race"):
+        with cuda_ops.schedule(seed, runner=cuda_ops.library("race")):
             assert run(kernel, NONE, "race") == ""
     assert cuda_ops.races() == (0, "")
 
@@ -144,3 +144,40 @@ def test_products_agree_with_plain_ones(dtype, transposed, depth):
         ctypes.c_void_p(c.data_ptr()),
     )  # fmt: skip
     torch.testing.assert_close(c, a.float() @ b.float().T, rtol=0, atol=0)
+
+
+# Bugs of cute/gemm_sm90.cpp, in its order, and what shows them.
+HOPPER_BUGS = ["early_release", "short_expectation", "wrong_phase", "missing_arrival"]
+
+
+def gemm(arch, bug=NONE):
+    """A CuTe kernel's error against the plain product, or what the runner says of it."""
+    generator = torch.Generator().manual_seed(0)
+    m, n, k = 256, 128, 320
+    a, b = (torch.randn(rows, k, generator=generator).bfloat16() for rows in (m, n))
+    c = torch.full((m, n), torch.nan)
+    text = ctypes.create_string_buffer(1024)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (a, b, c)]
+    if cuda_ops.cute_library().simt_gemm(arch, bug, *pointers, m, n, k, text, len(text)):
+        return text.value.decode()
+    return (c.double() - a.double() @ b.double().T).abs().max().item()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("copies", ["eager", "lazy", "random"])
+def test_cute_kernels_run_from_their_own_headers(arch, copies):
+    for seed in range(3):
+        with cuda_ops.schedule(seed, copies, cuda_ops.cute_library()):
+            assert gemm(arch) < 1e-3
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("bug", HOPPER_BUGS)
+def test_planted_bugs_of_hopper_kernels_are_found(bug):
+    for seed in range(4):
+        with cuda_ops.schedule(seed, runner=cuda_ops.cute_library()):
+            found = gemm(90, 1 + HOPPER_BUGS.index(bug))
+        if isinstance(found, str) or not found < 1e-3:
+            return
+    pytest.fail("no schedule shows it")

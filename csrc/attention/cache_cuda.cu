@@ -34,18 +34,18 @@ CacheBytes bytes_of(const TensorView& cache, int word, int slices = 1) {
   return b;
 }
 
-// Calls run(Word<n>()) for a word of n bytes.
+// Calls run with a word of that many bytes.
 template <class Run>
 void with_word(int bytes, const Run& run) {
   switch (bytes) {
     case 16:
-      return run(Word<16>());
+      return run(Word<uint32_t, 4>());
     case 8:
-      return run(Word<8>());
+      return run(Word<uint32_t, 2>());
     case 4:
-      return run(Word<4>());
+      return run(Word<uint32_t, 1>());
     default:
-      return run(Word<2>());
+      return run(Word<uint16_t, 1>());
   }
 }
 

@@ -10,9 +10,10 @@
 
 namespace memkernels::attention::cuda {
 
-template <int kBytes>
-struct alignas(kBytes) Word {
-  uint8_t bytes[kBytes];
+// As many bytes as one instruction moves.
+template <class Part, int kParts>
+struct alignas(sizeof(Part) * kParts) Word {
+  Part parts[kParts];
 };
 
 // The heads of one token, copied by `threads` threads of which this is the `thread`-th.

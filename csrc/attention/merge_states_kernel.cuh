@@ -60,7 +60,7 @@ struct MergeRow {
 };
 
 template <class T>
-__global__ void __launch_bounds__(32 * kMergeRows) merge(const MergeParams p) {
+__global__ void __launch_bounds__(32 * kMergeRows, 1) merge(const MergeParams p) {
   const int64_t index = int64_t{blockIdx.x} * kMergeRows + threadIdx.x / 32;
   if (index >= p.rows) return;
   const int lane = threadIdx.x % 32;
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(32 * kMergeRows) merge(const MergeParams p) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(32 * kMergeRows) merge_backward(const MergeParams p) {
+__global__ void __launch_bounds__(32 * kMergeRows, 1) merge_backward(const MergeParams p) {
   const int64_t index = int64_t{blockIdx.x} * kMergeRows + threadIdx.x / 32;
   if (index >= p.rows) return;
   const int lane = threadIdx.x % 32;

@@ -168,17 +168,16 @@ extern "C" __attribute__((visibility("default"))) int simt_planted(const char* k
   return 0;
 }
 
-// c [16][8] = a [16][depth] b, b [8][depth] or, transposed, [depth][8]; dtype 0: float, 1: bfloat16,
-// 2: float16.
+// c [16][8] = a [16][depth] b, b [8][depth] or, transposed, [depth][8]; dtype 0: float, 1:
+// bfloat16, 2: float16.
 extern "C" __attribute__((visibility("default"))) void simt_product(int dtype, bool transposed,
                                                                     const void* a, const void* b,
                                                                     int depth, float* c) {
   const size_t shared = 24 * depth * (dtype == 0 ? 4 : 2);
   const auto run = [&](auto type, auto kernel) {
     using T = decltype(type);
-    simt::launch("product", {}, {32}, shared, [=] {
-      kernel(static_cast<const T*>(a), static_cast<const T*>(b), depth, c);
-    });
+    simt::launch("product", {}, {32}, shared,
+                 [=] { kernel(static_cast<const T*>(a), static_cast<const T*>(b), depth, c); });
   };
   if (dtype == 0) {
     run(float(), product<float, 8>);
