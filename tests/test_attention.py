@@ -280,21 +280,25 @@ def test_same_bits_every_time_and_for_any_threads(num_threads, dtype, queries):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("queries", [None, [1, 40, 2, 70, 3]])
-def test_same_bits_alone_and_in_a_batch(kind, dtype, queries):
+def test_same_bits_alone_and_in_a_batch(kernels, kind, dtype, queries):
     case = attention_case(kind, [1500, 40, 0, 300, 17], queries, dtype=dtype, sink_logit=True)
-    alone = [native(case.select(b)) for b in range(5)]
-    together = native(case)
+    together = kernels.paged_attention(**case.arguments())
+    alone = [kernels.paged_attention(**case.select(b).arguments()) for b in range(5)]
     assert_same_bits([torch.cat(x) for x in zip(*alone, strict=True)], list(together))
 
 
-def test_hints_and_index_dtypes_never_change_bits():
+def test_hints_and_index_dtypes_never_change_bits(kernels):
     case = attention_case("paged", [1500, 40, 0, 300], sink_tokens=2, window=torch.tensor([9, 700]))
-    expected = native(case)
+
+    def attend(**changes):
+        return kernels.paged_attention(**case.arguments() | changes)
+
+    expected = attend()
     for max_seqlen in 1500, 1501, 10**6:
-        assert_same_bits(native(case, max_seqlen=max_seqlen), expected)
+        assert_same_bits(attend(max_seqlen=max_seqlen), expected)
     long = {"page_table": case.page_table.long(), "seq_lens": case.seq_lens.long()}
-    assert_same_bits(native(case, **long), expected)
-    assert_same_bits(native(case, **long, window=torch.tensor([9, 700]).int()), expected)
+    assert_same_bits(attend(**long), expected)
+    assert_same_bits(attend(**long, window=torch.tensor([9, 700]).int()), expected)
 
 
 def test_out_alone_is_the_same_out():
@@ -305,7 +309,7 @@ def test_out_alone_is_the_same_out():
 
 @pytest.mark.full
 @pytest.mark.parametrize("append", [False, True])
-def test_more_than_2_to_the_31_elements(append):
+def test_more_than_2_to_the_31_elements(kernels, append):
     """The pages in use are the last of a cache of 2**31 elements, the rest of it never touched."""
     num_pages, page_size, head_dim = 2**21 + 8, 16, 64
     small = attention_case(
@@ -318,13 +322,14 @@ def test_more_than_2_to_the_31_elements(append):
         slots = torch.arange(shift * page_size, num_pages * page_size)
         rows = small.k_cache.flatten(0, 1)
         other = cache.new_empty(num_pages, page_size, 1, 1)
-        memkernels.append_kv(rows, rows[..., :1], cache, other, slots)
+        kernels.append_kv(rows, rows[..., :1], cache, other, slots)
     else:
         cache[shift:] = small.k_cache
     large = small.replace(
         k_cache=cache, v_cache=cache[..., :48], page_table=small.page_table[:, :-1] + shift
     )
-    assert_same_bits(native(large), native(small))
+    actual, expected = (kernels.paged_attention(**c.arguments()) for c in (large, small))
+    assert_same_bits(actual, expected)
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "packed"])

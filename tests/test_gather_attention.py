@@ -33,6 +33,10 @@ def run(case, **changes):
     return native(**case.arguments() | changes)
 
 
+def attend(kernels, case, **changes):
+    return kernels.gather_attention(**case.arguments() | changes)
+
+
 @pytest.fixture(scope="session")
 def gather(ops):
     return ops.gather_attention
@@ -179,12 +183,12 @@ def test_seq_lens_default_to_the_whole_cache(gather):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("page_size", [1, 7, 16])
 @pytest.mark.parametrize("heads", [(4, 2), (5, 1)])
-def test_all_pages_in_order_are_paged_attention_to_the_bit(dtype, page_size, heads):
+def test_all_pages_in_order_are_paged_attention_to_the_bit(kernels, dtype, page_size, heads):
     lengths = [1500, 40, 0, 300, 17]
     sizes = {"heads": heads, "page_size": page_size, "dtype": dtype, "absent_pages": 0.1}
     case = attention_case("paged", lengths, key_bias=True, sink_logit=True, **sizes)
-    expected = memkernels.paged_attention(**case.arguments(), return_lse=True)
-    assert_same_bits(run(list_case(case)), expected)
+    expected = kernels.paged_attention(**case.arguments())
+    assert_same_bits(attend(kernels, list_case(case)), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -217,29 +221,31 @@ def more_columns(indices, extra):
 @pytest.mark.parametrize("dtype", DTYPES)
 @kinds
 @pytest.mark.parametrize("queries", [None, [1, 40, 2, 7, 3]])
-def test_columns_of_minus_one_never_change_bits(dtype, kind, unit, queries):
+def test_columns_of_minus_one_never_change_bits(kernels, dtype, kind, unit, queries):
     sizes = {"num_listed": 30, "dtype": dtype}
     case = gather_case([700, 40, 0, 300, 17], queries, kind=kind, unit=unit, **sizes)
-    expected = run(case)
+    expected = attend(kernels, case)
     for extra in 1, 7, 600:
-        assert_same_bits(run(case, indices=more_columns(case.indices, extra)), expected)
+        assert_same_bits(attend(kernels, case, indices=more_columns(case.indices, extra)), expected)
 
 
 @kinds
-def test_one_list_for_all_heads_is_the_same_list_for_each(kind, unit):
+def test_one_list_for_all_heads_is_the_same_list_for_each(kernels, kind, unit):
     case = gather_case(**RAGGED, kind=kind, unit=unit, shared=True, num_listed=9)
     each = case.indices.expand(-1, 2, -1)
-    assert_same_bits(run(case, indices=each), run(case))
-    assert_same_bits(run(case, indices=each.contiguous()), run(case))
+    assert_same_bits(attend(kernels, case, indices=each), attend(kernels, case))
+    assert_same_bits(attend(kernels, case, indices=each.contiguous()), attend(kernels, case))
 
 
-def test_index_dtypes_never_change_bits():
+def test_index_dtypes_never_change_bits(kernels):
     case = gather_case(**RAGGED, num_listed=9)
-    expected = run(case)
+    expected = attend(kernels, case)
     names = "indices", "page_table", "seq_lens", "cu_seqlens_q"
     for name in names:
-        assert_same_bits(run(case, **{name: getattr(case, name).long()}), expected)
-    assert_same_bits(run(case, **{name: getattr(case, name).long() for name in names}), expected)
+        assert_same_bits(attend(kernels, case, **{name: getattr(case, name).long()}), expected)
+    assert_same_bits(
+        attend(kernels, case, **{name: getattr(case, name).long() for name in names}), expected
+    )
 
 
 def test_out_alone_is_the_same_out():
@@ -274,23 +280,25 @@ def test_same_bits_every_time_and_for_any_threads(num_threads, dtype, unit, num_
 @pytest.mark.parametrize("dtype", DTYPES)
 @kinds
 @pytest.mark.parametrize("queries", [None, [1, 40, 2, 70, 3]])
-def test_same_bits_alone_and_in_a_batch(kind, unit, dtype, queries):
+def test_same_bits_alone_and_in_a_batch(kernels, kind, unit, dtype, queries):
     sizes = {"num_listed": 90, "dtype": dtype, "sink_logit": True}
     case = gather_case([1500, 40, 0, 300, 17], queries, kind=kind, unit=unit, **sizes)
-    alone = [run(case.select(b)) for b in range(5)]
-    together = run(case)
+    alone = [attend(kernels, case.select(b)) for b in range(5)]
+    together = attend(kernels, case)
     assert_same_bits([torch.cat(x) for x in zip(*alone, strict=True)], list(together))
 
 
 @kinds
-def test_same_bits_whatever_the_other_queries_list(kind, unit):
+def test_same_bits_whatever_the_other_queries_list(kernels, kind, unit):
     """The NaN that the others would read must not reach a row either."""
     case = gather_case([700, 40], [5, 3], kind=kind, unit=unit, num_listed=40)
-    expected = run(case)
+    expected = attend(kernels, case)
     for row in range(8):
         alone = case.indices.clone()
         alone[torch.arange(8) != row] = -1
-        assert_same_bits([x[row] for x in run(case, indices=alone)], [x[row] for x in expected])
+        assert_same_bits(
+            [x[row] for x in attend(kernels, case, indices=alone)], [x[row] for x in expected]
+        )
 
 
 def partly_listed(unit):

@@ -1,0 +1,250 @@
+"""CUDA kernels under the host runner: the same bits for any schedule, no races, no stray accesses,
+and indices out of range skipped where nothing checks them. What they compute is tested beside the
+other backends (conftest.ops)."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+import cuda_ops
+import memkernels
+from cases import attention_case, gather_case
+from tolerance import assert_same_bits, check_attention, unchanged
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def decode(dtype=torch.bfloat16, **options):
+    """Split over blocks, with all that changes a logit."""
+    options = {"heads": (8, 2), "softcap": 3.0, "window": 200, "sink_tokens": 5} | options
+    return attention_case(
+        "paged", [700, 40, 0, 300], dtype=dtype, key_bias=True, sink_logit=True, **options
+    )
+
+
+CASES = {
+    "decode_bf16": decode,
+    "decode_f32": lambda: decode(torch.float32, head_dims=(72, 36)),
+    "append_f16": lambda: attention_case(
+        "paged", [290, 33, 5], [7, 16, 2], heads=(6, 2), page_size=7, dtype=torch.float16
+    ),
+    "prefill_bf16": lambda: attention_case(
+        "packed", [90, 150], [90, 30], head_dims=(128, 128), dtype=torch.bfloat16
+    ),
+    "latent_bf16": lambda: attention_case(
+        "paged", [70, 20], heads=(20, 1), head_dims=(576, 512), share_kv=True, dtype=torch.bfloat16
+    ),
+    "odd_head_dims": lambda: attention_case(
+        "contiguous", [50, 18], [1, 9], head_dims=(37, 21), dtype=torch.float16
+    ),
+    "pages_bf16": lambda: gather_case(
+        [700, 40, 0], num_listed=30, heads=(8, 2), dtype=torch.bfloat16
+    ),
+    "tokens_f32": lambda: gather_case([300, 40], [3, 2], unit="token", num_listed=300),
+}  # fmt: skip
+
+
+def attend(case, **options):
+    """By the host runner, whatever else there is."""
+    op = "gather_attention" if hasattr(case, "indices") else "paged_attention"
+    return cuda_ops.on_host(op, **case.arguments(), return_lse=True, **options)
+
+
+def write(seed=0, **options):
+    """append_kv, copy_pages, compact_kv and merge_states on random inputs; all their results."""
+    generator = torch.Generator().manual_seed(seed)
+    caches = torch.randn(2, 12, 7, 3, 24, generator=generator).bfloat16()
+    k_cache, v_cache = caches[0], caches[1][..., :20]
+    run = functools.partial(cuda_ops.on_host, **options)
+    new = torch.randn(30, 3, 24, generator=generator).bfloat16()
+    slots = torch.randperm(84, generator=generator)[:30].masked_fill(torch.arange(30) % 5 == 0, -1)
+    run("append_kv", new, new[..., :20], k_cache, v_cache, slots)
+    run("copy_pages", k_cache, v_cache, torch.tensor([[0, 5], [-1, 2], [1, 6]]))
+    keep = torch.rand(2, 3, 40, generator=generator).argsort(-1)[..., :25].sort(-1).values
+    table = torch.randperm(12, generator=generator).view(2, 6)
+    lengths = run("compact_kv", k_cache, v_cache, table, torch.tensor([42, 41]), keep)
+    outs, lses = torch.randn(3, 9, 2, 40), torch.randn(3, 9, 2)
+    lses[0, :5] = -torch.inf
+    return caches, lengths, *run("merge_states", outs.half(), lses)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_bits_for_any_schedule(name):
+    case = CASES[name]()
+    expected = attend(case)
+    for seed, copies in (1, "lazy"), (2, "random"), (3, "eager"), (4, "lazy"):
+        with cuda_ops.schedule(seed, copies):
+            assert_same_bits(attend(case), expected)
+
+
+def test_writing_gives_the_same_bits_for_any_schedule():
+    torch.manual_seed(0)
+    expected = write()
+    for seed in 1, 2, 3:
+        torch.manual_seed(0)
+        with cuda_ops.schedule(seed, "random"):
+            assert_same_bits(write(), expected)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", CASES)
+def test_no_races(name):
+    cuda_ops.races()
+    with cuda_ops.schedule(1, runner=cuda_ops.library("race")):
+        check_attention(lambda **_: attend(CASES[name](), check="race"), CASES[name]())
+    assert cuda_ops.races() == (0, "")
+
+
+@pytest.mark.full
+def test_no_races_in_writing():
+    cuda_ops.races()
+    write(check="race")
+    assert cuda_ops.races() == (0, "")
+
+
+def damaged():
+    """Cases whose indices are nonsense in places, and the same with -1 or bounds in theirs."""
+    case = attention_case("paged", [90, 40, 33], [3, 1, 9], dtype=torch.bfloat16)
+    nonsense = case.page_table.clone()
+    nonsense[0, 1], nonsense[2, 0] = 10**6, -7
+    absent = case.page_table.clone()
+    absent[0, 1] = absent[2, 0] = -1
+    yield case.replace(page_table=nonsense), case.replace(page_table=absent)
+    capacity = case.page_table.shape[1] * 16
+    full = attention_case("paged", [capacity - 16] * 2, dtype=torch.bfloat16)
+    far = full.replace(seq_lens=full.seq_lens + 10**6)
+    cut = full.replace(seq_lens=torch.full_like(full.seq_lens, full.page_table.shape[1] * 16))
+    yield far, cut
+    yield full.replace(seq_lens=full.seq_lens * 0 - 5), full.replace(seq_lens=full.seq_lens * 0)
+    packed = attention_case("packed", [20, 30], [20, 30], dtype=torch.bfloat16)
+    beyond = packed.cu_seqlens_k.clone()
+    beyond[-1] = 10**6
+    yield packed.replace(cu_seqlens_k=beyond), packed
+    listed = gather_case([90, 40], num_listed=6, skipped=0, dtype=torch.bfloat16)
+    indices = listed.indices.clone()
+    indices[0, 0, 2], indices[1, 1, 3] = 10**6, -9
+    skipped = listed.indices.clone()
+    skipped[0, 0, 2] = skipped[1, 1, 3] = -1
+    yield listed.replace(indices=indices), listed.replace(indices=skipped)
+
+
+def check_unchecked(check=""):
+    for nonsense, clean in damaged():
+        options = {"check_indices": False, "check": check}
+        assert_same_bits(attend(nonsense, **options), attend(clean, **options))
+    # Nonsense offsets of queries give any numbers, but touch only what is given.
+    case = attention_case("paged", [90, 40, 33], [3, 1, 9], dtype=torch.bfloat16)
+    for offsets in [5, 3, 20, 11], [-9, 0, 2, 10**6], [0, 13, 13, 2]:
+        broken = case.replace(cu_seqlens_q=torch.tensor(offsets, dtype=torch.int32))
+        attend(broken, check_indices=False, check=check)
+        attend(broken, check_indices=False, check=check, max_seqlen=20)
+    cache = torch.zeros(3, 4, 1, 8)
+    new = torch.ones(4, 1, 8)
+    options = {"check_indices": False, "check": check}
+    slots = torch.tensor([10**9, -5, 7, 12])
+    cuda_ops.on_host("append_kv", new, new, cache, cache.clone(), slots, **options)
+    assert cache.sum() == 8 and cache[1, 3].all()
+    pairs = torch.tensor([[1, 99], [-4, 0], [1, 2]])
+    cuda_ops.on_host("copy_pages", cache, cache.clone(), pairs, **options)
+    assert cache.sum() == 16
+    keep = torch.tensor([[[3, 10**6, 5]]])
+    table = torch.tensor([[1, 77]])
+    cuda_ops.on_host("compact_kv", cache, cache.clone(), table, torch.tensor([8]), keep, **options)
+    assert cache[1, 0].all() and cache.sum() == 24
+
+
+def test_indices_out_of_range_are_skipped():
+    check_unchecked()
+
+
+def every_kernel(check):
+    """For a process with the address sanitizer."""
+    for make in CASES.values():
+        attend(make(), check=check)
+    write(check=check)
+    check_unchecked(check)
+
+
+@pytest.mark.full
+def test_no_stray_accesses():
+    from test_simt import run_with_address_sanitizer
+
+    done = run_with_address_sanitizer("import test_cuda_kernels as t; t.every_kernel('address')")
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_unsupported_dtype_lists_the_supported_ones():
+    case = attention_case("paged", [9], dtype=torch.float64)
+    supported = "float64; supported on CUDA: float32, bfloat16, float16"
+    with unchanged(*case.tensors().values()), pytest.raises(RuntimeError, match=supported):
+        attend(case)
+    with pytest.raises(RuntimeError, match=supported):
+        cuda_ops.on_host(
+            "merge_states", torch.zeros(2, 3, 1, 4).double(), torch.zeros(2, 3, 1).double()
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merge_states_backward(dtype):
+    generator = torch.Generator().manual_seed(0)
+    outs = torch.randn(3, 11, 2, 40, generator=generator).to(dtype)
+    lses = 3 * torch.randn(3, 11, 2, generator=generator)
+    lses[0, :4], lses[:, 7] = -torch.inf, -torch.inf
+    out, lse = memkernels.merge_states(outs, lses)
+    dout, dlse = torch.randn(11, 2, 40, generator=generator).to(dtype), torch.randn(11, 2)
+    cuda_ops.library()
+    for gradient in dlse, None:
+        arguments = dout, gradient, out, lse, outs, lses
+        expected = torch.ops.memkernels.merge_states_backward(*arguments)
+        actual = torch.ops.memkernels_simt.merge_states_backward(*arguments)
+        torch.testing.assert_close(actual, expected)
+
+
+def on_cuda(arguments):
+    return {n: t.cuda() if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}
+
+
+@pytest.mark.skipif(not cuda_ops.on_gpu(), reason="no GPU, or a build without CUDA kernels")
+class TestOnGpu:
+    """What the host runner cannot show."""
+
+    def test_captured_in_a_graph(self):
+        case = decode()
+        expected = cuda_ops.on_device("paged_attention", **case.arguments(), return_lse=True)
+        tensors = on_cuda(case.arguments())
+        memkernels.paged_attention(**tensors, return_lse=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = memkernels.paged_attention(**tensors, return_lse=True)
+        for result in results:
+            result.zero_()
+        graph.replay()
+        assert_same_bits([x.cpu() for x in results], list(expected))
+
+    def test_current_stream_and_device(self):
+        case = decode()
+        tensors = on_cuda(case.arguments())
+        expected = memkernels.paged_attention(**tensors)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(10**7)
+            q = tensors["q"].clone()
+            actual = memkernels.paged_attention(**tensors | {"q": q})
+        torch.cuda.synchronize()
+        assert_same_bits(actual, expected)
+
+    def test_gradients_take_the_fallback(self):
+        case = attention_case("paged", [30, 9], [3, 2], dtype=torch.float32)
+        leaves = case.requires_grad().arguments()
+        memkernels.paged_attention(**on_cuda(leaves)).sum().backward()
+        others = case.requires_grad().arguments()
+        memkernels.paged_attention(**others).sum().backward()
+        torch.testing.assert_close(leaves["q"].grad, others["q"].grad)
+
+    def test_compiles_whole(self):
+        case = decode()
+        tensors = on_cuda(case.arguments())
+        compiled = torch.compile(memkernels.paged_attention, fullgraph=True, backend="aot_eager")
+        assert_same_bits(compiled(**tensors), memkernels.paged_attention(**tensors))
