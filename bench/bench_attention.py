@@ -11,6 +11,7 @@ from torch import Tensor
 import memkernels
 import peers
 from case import Case, short
+from memkernels import _measure
 
 HEAD_DIM = 128
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -20,7 +21,8 @@ def filled(*shape: int, dtype: torch.dtype) -> Tensor:
     """A cache of random values; they repeat, since drawing gigabytes takes longer than measuring.
     The period is odd, so that pages differ."""
     cache = torch.empty(shape, dtype=dtype)
-    torch.ops.memkernels._advise_huge_pages(cache)  # as PagedKVCache does
+    if cache.is_cpu:
+        torch.ops.memkernels._advise_huge_pages(cache)  # as PagedKVCache does
     noise = torch.randn((1 << 20) + 1).to(dtype)
     for part in cache.view(-1).split(noise.numel()):
         part.copy_(noise[: part.numel()])
@@ -292,7 +294,10 @@ def call() -> Case:
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    yield from quick_cases() if quick else full_cases()
+    if quick:
+        yield from quick_cases()
+    else:
+        yield from gpu_cases() if _measure.on_gpu() else full_cases()
 
 
 def full_cases() -> Iterator[Case]:
@@ -315,6 +320,29 @@ def full_cases() -> Iterator[Case]:
     yield compact(8, 16384, per_head=False)
     yield compact(8, 16384, per_head=True)
     yield merge(16384)
+    yield call()
+
+
+def gpu_cases() -> Iterator[Case]:
+    """Sizes that fill a large GPU, and that its caches cannot hold."""
+    large = {"megabytes": 4096, "against": peers.GPU}
+    for page_size in 16, 8, 1:
+        yield decode(BF16, 64, 8192, page_size=page_size, **large)
+    yield decode(BF16, 1, 131072, **large)
+    yield decode(BF16, 256, 1024, **large)
+    yield decode(BF16, 64, 8192, heads=(32, 32), **large)
+    yield decode(BF16, 64, 8192, heads=(64, 8), **large)
+    yield decode(F16, 64, 8192, **large)
+    yield decode(F32, 64, 8192, **large)
+    for heads in 16, 128:
+        yield decode_mla(64, 8192, heads=heads, against=peers.GPU)
+    for per_head in (False, True):
+        yield chosen_pages(per_head=per_head, batch=32)
+    yield append(1 << 20)
+    yield copy(1 << 16)
+    for per_head in (False, True):
+        yield compact(64, 16384, per_head=per_head)
+    yield merge(1 << 17)
     yield call()
 
 

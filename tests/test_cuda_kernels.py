@@ -47,18 +47,18 @@ CASES = {
 }  # fmt: skip
 
 
-def attend(case, **options):
-    """By the host runner, whatever else there is."""
+def attend(case, run=cuda_ops.on_host, **options):
+    """By the host runner, unless told otherwise."""
     op = "gather_attention" if hasattr(case, "indices") else "paged_attention"
-    return cuda_ops.on_host(op, **case.arguments(), return_lse=True, **options)
+    return run(op, **case.arguments(), return_lse=True, **options)
 
 
-def write(seed=0, **options):
+def write(seed=0, run=cuda_ops.on_host, **options):
     """append_kv, copy_pages, compact_kv and merge_states on random inputs; all their results."""
     generator = torch.Generator().manual_seed(seed)
     caches = torch.randn(2, 12, 7, 3, 24, generator=generator).bfloat16()
     k_cache, v_cache = caches[0], caches[1][..., :20]
-    run = functools.partial(cuda_ops.on_host, **options)
+    run = functools.partial(run, **options)
     new = torch.randn(30, 3, 24, generator=generator).bfloat16()
     slots = torch.randperm(84, generator=generator)[:30].masked_fill(torch.arange(30) % 5 == 0, -1)
     run("append_kv", new, new[..., :20], k_cache, v_cache, slots)
@@ -131,28 +131,26 @@ def damaged():
     yield listed.replace(indices=indices), listed.replace(indices=skipped)
 
 
-def check_unchecked(check=""):
+def check_unchecked(**options):
+    options = {"run": cuda_ops.on_host, "check_indices": False} | options
     for nonsense, clean in damaged():
-        options = {"check_indices": False, "check": check}
         assert_same_bits(attend(nonsense, **options), attend(clean, **options))
     # Nonsense offsets of queries give any numbers, but touch only what is given.
     case = attention_case("paged", [90, 40, 33], [3, 1, 9], dtype=torch.bfloat16)
     for offsets in [5, 3, 20, 11], [-9, 0, 2, 10**6], [0, 13, 13, 2]:
         broken = case.replace(cu_seqlens_q=torch.tensor(offsets, dtype=torch.int32))
-        attend(broken, check_indices=False, check=check)
-        attend(broken, check_indices=False, check=check, max_seqlen=20)
+        attend(broken, **options)
+        attend(broken, **options, max_seqlen=20)
     cache = torch.zeros(3, 4, 1, 8)
     new = torch.ones(4, 1, 8)
-    options = {"check_indices": False, "check": check}
+    run = functools.partial(options.pop("run"), **options)
     slots = torch.tensor([10**9, -5, 7, 12])
-    cuda_ops.on_host("append_kv", new, new, cache, cache.clone(), slots, **options)
+    run("append_kv", new, new, cache, cache.clone(), slots)
     assert cache.sum() == 8 and cache[1, 3].all()
-    pairs = torch.tensor([[1, 99], [-4, 0], [1, 2]])
-    cuda_ops.on_host("copy_pages", cache, cache.clone(), pairs, **options)
+    run("copy_pages", cache, cache.clone(), torch.tensor([[1, 99], [-4, 0], [1, 2]]))
     assert cache.sum() == 16
-    keep = torch.tensor([[[3, 10**6, 5]]])
-    table = torch.tensor([[1, 77]])
-    cuda_ops.on_host("compact_kv", cache, cache.clone(), table, torch.tensor([8]), keep, **options)
+    keep, table = torch.tensor([[[3, 10**6, 5]]]), torch.tensor([[1, 77]])
+    run("compact_kv", cache, cache.clone(), table, torch.tensor([8]), keep)
     assert cache[1, 0].all() and cache.sum() == 24
 
 
@@ -160,19 +158,22 @@ def test_indices_out_of_range_are_skipped():
     check_unchecked()
 
 
-def every_kernel(check):
-    """For a process with the address sanitizer."""
+def every_kernel(**options):
+    """For a process under a sanitizer."""
+    options = options or {"run": cuda_ops.on_device}
     for make in CASES.values():
-        attend(make(), check=check)
-    write(check=check)
-    check_unchecked(check)
+        attend(make(), **options)
+    write(**options)
+    check_unchecked(**options)
 
 
 @pytest.mark.full
 def test_no_stray_accesses():
     from test_simt import run_with_address_sanitizer
 
-    done = run_with_address_sanitizer("import test_cuda_kernels as t; t.every_kernel('address')")
+    done = run_with_address_sanitizer(
+        "import test_cuda_kernels as t; t.every_kernel(check='address')"
+    )
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -10,12 +10,31 @@ from dataclasses import dataclass
 import torch
 
 
+def on_gpu() -> bool:
+    return torch.get_default_device().type == "cuda"
+
+
 @dataclass
 class Times:
     """Seconds a call."""
 
     minimum: float
     median: float
+
+
+def _seconds(function: Callable) -> float:
+    if not on_gpu():
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    # The GPU is kept busy while the host prepares, so that only the device's time is taken.
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(1_000_000)
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def interleaved(*functions: Callable, seconds: float = 0.3, least: int = 1) -> list[Times]:
@@ -27,9 +46,7 @@ def interleaved(*functions: Callable, seconds: float = 0.3, least: int = 1) -> l
     end = time.perf_counter() + seconds
     while len(runs[0]) < least or time.perf_counter() < end:
         for function, times in zip(functions, runs, strict=True):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
+            times.append(_seconds(function))
     return [Times(min(times), statistics.median(times)) for times in runs]
 
 
@@ -72,3 +89,16 @@ def flops_limit(dtype: torch.dtype) -> float:
         seconds = time.perf_counter() - start
     run = interleaved(lambda: torch.ops.memkernels._fma_ceiling(like, rounds))[0]
     return flops / run.minimum
+
+
+def copy_limit(megabytes: int = 4096) -> float:
+    """Bytes a second, read and written, at which the GPU copies memory."""
+    data = torch.empty(megabytes << 18).fill_(1.0)
+    to = torch.empty_like(data)
+    return 2 * data.nbytes / interleaved(lambda: to.copy_(data))[0].minimum
+
+
+def matmul_limit(dtype: torch.dtype, size: int = 8192) -> float:
+    """Floating-point operations a second at which torch multiplies large random matrices."""
+    a, b = torch.randn(2, size, size).to(dtype)
+    return 2 * size**3 / interleaved(lambda: a @ b)[0].minimum
