@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "attention/plan.h"
+#include "core/cuda/tile.cuh"
 
 namespace memkernels::attention::cuda {
 
@@ -14,11 +15,23 @@ namespace {
 
 using Launch = void (*)(const char*, const AttentionParams&, int, int64_t, int64_t, const Context&);
 
+// The head dimension of the kernels that take this one.
+int class_of(int64_t dim) {
+  return *std::lower_bound(std::begin(kDims), std::end(kDims), static_cast<int>(dim));
+}
+
 template <class T>
 Launch launch_for(int dim_class) {
-  constexpr Launch kLaunches[] = {launch_attention<T, 64>, launch_attention<T, 128>,
-                                  launch_attention<T, 256>, launch_attention<T, 576>};
-  return kLaunches[dim_class];
+  switch (dim_class) {
+    case 64:
+      return launch_attention<T, 64>;
+    case 128:
+      return launch_attention<T, 128>;
+    case 256:
+      return launch_attention<T, 256>;
+    default:
+      return launch_attention<T, 576>;
+  }
 }
 
 Launch launch_for(const char* op, Dtype dtype, int dim_class) {
@@ -127,19 +140,20 @@ bool single_queries(const PagedAttentionArgs& a) {
 
 SharedPlan plan_shared(const AttentionParams& p, int item_size, int rows,
                        const SharedMemory& limits) {
-  const int dim = std::max(p.dim, p.dim_v);
-  const int keys =
-      keys_of_tile(item_size, *std::lower_bound(std::begin(kDims), std::end(kDims), dim));
-  const auto pitch = [&](int d) { return (int64_t{d} * item_size + 127) & ~int64_t{127}; };
-  const int64_t stage = keys * (pitch(p.dim) + (p.v_within_k ? 0 : pitch(p.dim_v)) + 16);
-  const int64_t others = rows * (pitch(p.dim) + (keys + 8) * 4);
+  const int dim_class = class_of(std::max(p.dim, p.dim_v));
+  const int keys = keys_of_tile(item_size, dim_class);
+  const int64_t k_pitch = pitch_of(int64_t{p.dim} * item_size);
+  const int64_t v_pitch = p.v_within_k ? 0 : pitch_of(int64_t{p.dim_v} * item_size);
+  const bool exchanges = rows == 16 || dim_class > 256;
+  const int64_t fixed = rows * (k_pitch + (exchanges ? (keys + 8) * 4 : 0));
   constexpr int64_t kReserved = 1024;  // of each block, by the system
   SharedPlan plan;
+  bool two_fit = false;  // blocks a multiprocessor: worth more than a deeper pipeline
   for (int stages = 2; stages <= 4; ++stages) {
-    const int64_t bytes = others + stages * stage;
-    // Two blocks a multiprocessor are worth more than a deeper pipeline.
-    const bool two_fit = 2 * (bytes + kReserved) <= limits.of_multiprocessor;
-    if (bytes > limits.of_block || (stages > 2 && !two_fit && plan.stages >= 3)) break;
+    const int64_t bytes = fixed + stages * keys * (k_pitch + v_pitch) + (stages + 1) * (keys + 1) * 16;
+    const bool two = 2 * (bytes + kReserved) <= limits.of_multiprocessor;
+    if (bytes > limits.of_block || (two_fit && !two)) break;
+    two_fit = two;
     plan = {stages, bytes};
   }
   return plan;
@@ -147,10 +161,8 @@ SharedPlan plan_shared(const AttentionParams& p, int item_size, int rows,
 
 void paged_attention(const char* op, const PagedAttentionArgs& a, const Shapes& shapes,
                      const Context& ctx) {
-  const int64_t size = item_size(a.q.dtype);
-  const int dim = static_cast<int>(std::max(shapes.dim, shapes.dim_v));
-  const int dim_class = static_cast<int>(std::lower_bound(std::begin(kDims), std::end(kDims), dim) -
-                                         std::begin(kDims));
+  const int size = static_cast<int>(item_size(a.q.dtype));
+  const int dim_class = class_of(std::max(shapes.dim, shapes.dim_v));
   const Launch launch = launch_for(op, a.q.dtype, dim_class);
   AttentionParams p = params_of(op, a, shapes);
   if (shapes.total_q == 0 || shapes.heads == 0) return;
@@ -160,11 +172,11 @@ void paged_attention(const char* op, const PagedAttentionArgs& a, const Shapes& 
   const SharedMemory limits = shared_memory_of(op, ctx.device);
   const bool single = single_queries(a);
   const int64_t mean_rows = single ? p.group : ceil_div(shapes.total_q, shapes.batch) * p.group;
-  int rows = mean_rows > 16 ? 64 : 16;
-  SharedPlan shared = plan_shared(p, static_cast<int>(size), rows, limits);
+  int rows = mean_rows <= 16 ? 16 : mean_rows > 64 && has_large_blocks(size, dim_class) ? 128 : 64;
+  SharedPlan shared = plan_shared(p, size, rows, limits);
   if (shared.stages == 0) {
     rows = 16;
-    shared = plan_shared(p, static_cast<int>(size), rows, limits);
+    shared = plan_shared(p, size, rows, limits);
   }
   check(shared.stages > 0, op, "head dims ", p.dim, " and ", p.dim_v, " in ", name(a.q.dtype),
         " need more than the ", limits.of_block, " bytes of shared memory of a block on this GPU");

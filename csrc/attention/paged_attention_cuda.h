@@ -22,6 +22,9 @@ constexpr int keys_of_tile(int item_size, int dim) {
   return row <= 256 ? 64 : item_size == 2 || row <= 512 ? 32 : 16;
 }
 
+// Blocks have 16 rows, 64, or, where their sums fit into registers, 128.
+constexpr bool has_large_blocks(int item_size, int dim) { return item_size == 2 && dim <= 128; }
+
 // Rows of one head dimension, addressed [outer, token, head]; strides in elements.
 struct CacheRows {
   const void* data = nullptr;

@@ -10,10 +10,15 @@ void launch_attention<MEMKERNELS_TYPE, MEMKERNELS_DIM>(const char* op, const Att
                                                        int64_t shared_bytes, const Context& ctx) {
   using T = MEMKERNELS_TYPE;
   constexpr int kDim = MEMKERNELS_DIM;
+  const auto run = [&](auto kernel, int threads) {
+    launch(op, ctx, kernel, blocks, threads, shared_bytes, p);
+  };
   if (rows == 16) {
-    launch(op, ctx, attend<T, kDim, 16>, blocks, Shape<T, kDim, 16>::kThreads, shared_bytes, p);
-  } else {
-    launch(op, ctx, attend<T, kDim, 64>, blocks, Shape<T, kDim, 64>::kThreads, shared_bytes, p);
+    run(attend<T, kDim, 16>, Shape<T, kDim, 16>::kThreads);
+  } else if (rows == 64 || !has_large_blocks(sizeof(T), kDim)) {
+    run(attend<T, kDim, 64>, Shape<T, kDim, 64>::kThreads);
+  } else if constexpr (has_large_blocks(sizeof(T), kDim)) {
+    run(attend<T, kDim, 128>, Shape<T, kDim, 128>::kThreads);
   }
   if (p.splits == 1) return;
   const int64_t num_rows = int64_t{p.num_sequences} * p.partial_queries * p.num_heads;

@@ -118,9 +118,10 @@ __global__ void product_transposed(const T* a, const T* b, int depth, float* c) 
   __syncwarp();
   float sums[4] = {};
   for (int k = 0; k < depth; k += 16) {
-    uint32_t x[4], y[2];
+    uint32_t x[4], both[4];
     load_matrices_4(x, left + lane % 16 * depth + k + lane / 16 * 8);
-    load_matrices_2_transposed(y, right + (k + lane % 16) * 8);
+    load_matrices_4_transposed(both, right + (k + lane % 16) * 8);
+    const uint32_t y[2] = {both[0], both[1]};
     if constexpr (__is_same(T, bf16)) {
       multiply_bf16(sums, x, y);
     } else {

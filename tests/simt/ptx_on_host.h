@@ -21,8 +21,8 @@ inline void load_matrices_4(uint32_t (&r)[4], const void* row, SIMT_SITE) {
 inline void load_matrices_2(uint32_t (&r)[2], const void* row, SIMT_SITE) {
   simt::load_matrices<2, false>(r, row, SIMT_HERE);
 }
-inline void load_matrices_2_transposed(uint32_t (&r)[2], const void* row, SIMT_SITE) {
-  simt::load_matrices<2, true>(r, row, SIMT_HERE);
+inline void load_matrices_4_transposed(uint32_t (&r)[4], const void* row, SIMT_SITE) {
+  simt::load_matrices<4, true>(r, row, SIMT_HERE);
 }
 inline void multiply_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                           SIMT_SITE) {

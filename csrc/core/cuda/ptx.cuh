@@ -42,9 +42,9 @@ __device__ __forceinline__ void load_matrices_2(uint32_t (&r)[2], const void* ro
                : "r"(shared_address(row))
                : "memory");
 }
-__device__ __forceinline__ void load_matrices_2_transposed(uint32_t (&r)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];\n"
-               : "=r"(r[0]), "=r"(r[1])
+__device__ __forceinline__ void load_matrices_4_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
                : "memory");
 }

@@ -1,0 +1,409 @@
+// The backward of attention. With P = softmax(logits), dP = dout v^T, delta = dout . out - dlse:
+//
+//   dS = P (dP - delta);  dq = scale dS k;  dk = scale dS^T q;  dv = P^T dout;
+//   dkey_bias = sum of dS over queries;  dsink = -sum of P_sink delta
+//
+// where a soft cap multiplies what goes on to q and k by 1 - tanh^2. Logits and dP are computed
+// again, once by blocks of queries, which own dq, and once by blocks of keys, which own dk, dv and
+// dkey_bias: no sum is shared, so all are deterministic. A page that several sequences hold, or
+// queries list, is one block's, which walks over its entries in the order of a stable sort.
+//
+// Cost: 10 D flops a pair of query and key that see each other and 4 D more for logits and dP
+// computed twice, 2.5 and 3.5 forwards: bound by mma.sync.
+#pragma once
+
+#include "attention/paged_attention_backward_cuda.h"
+#include "attention/paged_attention_kernel.cuh"
+
+namespace memkernels::attention::cuda {
+
+// ---- of rows
+
+inline constexpr int kRowsOfBlock = 4;
+
+// A warp a row.
+template <class T>
+__global__ void __launch_bounds__(32 * kRowsOfBlock, 1) find_deltas(const BackwardParams p) {
+  const int64_t row = int64_t{blockIdx.x} * kRowsOfBlock + threadIdx.x / 32;
+  if (row >= int64_t{p.a.total_q} * p.a.num_heads) return;
+  const int lane = threadIdx.x % 32;
+  const T* const out = static_cast<const T*>(p.out) + row * p.a.dim_v;
+  const T* const dout = static_cast<const T*>(p.dout) + row / p.a.num_heads * p.dout_stride +
+                        row % p.a.num_heads * p.dout_head_stride;
+  float delta = 0.f;
+  for (int d = lane; d < p.a.dim_v; d += 32) delta += widen(out[d]) * widen(dout[d]);
+  for (int lanes = 16; lanes > 0; lanes /= 2) delta += __shfl_xor_sync(kWholeWarp, delta, lanes);
+  if (lane > 0) return;
+  if (p.dlse) delta -= p.dlse[row];
+  const float lse = p.lse[row] * kLog2e;
+  p.rows[row] = {lse == -kInfinity ? kInfinity : lse, delta};
+}
+
+// A block a head.
+template <class T>
+__global__ void __launch_bounds__(256, 1) find_dsink(const BackwardParams p) {
+  const int head = blockIdx.x, tid = threadIdx.x;
+  float* const sums = reinterpret_cast<float*>(shared_memory());
+  const float sink = sink_of<T>(p.a, head) * kLog2e;
+  float sum = 0.f;
+  for (int64_t q = tid; q < p.a.total_q; q += 256) {
+    const RowGradient row = p.rows[q * p.a.num_heads + head];
+    if (row.lse != kInfinity) sum -= exp2f(sink - row.lse) * row.delta;
+  }
+  sums[tid] = sum;
+  for (int n = 128; n > 0; n /= 2) {
+    __syncthreads();
+    if (tid < n) sums[tid] += sums[tid + n];
+  }
+  if (tid > 0) return;
+  if (p.a.sink_is_float) {
+    static_cast<float*>(p.dsink_logit)[head] = sums[0];
+  } else {
+    narrow(sums[0], static_cast<T*>(p.dsink_logit)[head]);
+  }
+}
+
+// A logit, base 2, from a product; and the derivative of its soft cap.
+__device__ __forceinline__ float finish_logit(const AttentionParams& p, float product, float bias,
+                                              float* slope) {
+  float x = product * p.scale;
+  *slope = 1.f;
+  if (p.softcap > 0) {
+    const float t = tanhf(x / p.softcap);
+    x = p.softcap * t;
+    *slope = 1.f - t * t;
+  }
+  return x * kLog2e + bias;
+}
+
+// ---- dq
+
+template <class T, int kDim>
+struct QueryShape {
+  static constexpr int kRows = rows_of_dq(sizeof(T), kDim);
+  static constexpr int kWarpsOverColumns = kRows == 16 ? 4 : 1;  // of dq; dS is computed by each
+  static constexpr int kThreads = 2 * kRows * kWarpsOverColumns;
+  static constexpr int kKeys = keys_of_tile(sizeof(T), kDim);
+  static constexpr int kColumnBlocks = kDim / 8 / kWarpsOverColumns;
+};
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(QueryShape<T, kDim>::kThreads, 1)
+    find_dq(const BackwardParams params) {
+  using S = QueryShape<T, kDim>;
+  using Tiles = KeyTiles<T, kDim, S::kKeys, S::kThreads>;
+  const AttentionParams& p = params.a;
+  const int tid = threadIdx.x, lane = tid % 32;
+  const int warp_row = tid / 32 / S::kWarpsOverColumns * 16;
+  const int warp_column = tid / 32 % S::kWarpsOverColumns;
+
+  // q [kRows][D], dout [kRows][Dv], tiles of keys and values, their places.
+  char* const memory = shared_memory();
+  const Tile q{memory, pitch_of(p.dim * sizeof(T))};
+  const Tile dout{memory + S::kRows * q.pitch, pitch_of(p.dim_v * sizeof(T))};
+  char* const tile_memory = dout.data + S::kRows * dout.pitch;
+  const int tile_bytes = p.stages * Tiles::tile_bytes(p);
+  Key* const places = reinterpret_cast<Key*>(tile_memory + tile_bytes);
+
+  const int64_t block = gridDim.x - 1 - blockIdx.x;
+  const int head = static_cast<int>(block % p.num_kv_heads);
+  Stream s;
+  if (!find_stream<S::kRows, S::kThreads>(p, block / p.num_kv_heads, 0, head,
+                                          reinterpret_cast<int*>(places), s)) {
+    return;
+  }
+  const int steps = (p.dim * static_cast<int>(sizeof(T)) + 31) / 32;
+  const int v_steps = (p.dim_v * static_cast<int>(sizeof(T)) + 31) / 32;
+  if (p.dim * sizeof(T) % 32 != 0 || p.dim_v * sizeof(T) % 32 != 0) {
+    fill_zeros<S::kThreads>(memory, S::kRows * (q.pitch + dout.pitch) + tile_bytes);
+    __syncthreads();
+  }
+  load_queries<T, Tiles::kLanes, S::kRows, S::kThreads>(q, p, s, head, p.q, p.q_stride,
+                                                        p.q_head_stride, p.dim, p.aligned);
+  load_queries<T, Tiles::kLanes, S::kRows, S::kThreads>(
+      dout, p, s, head, params.dout, params.dout_stride, params.dout_head_stride, p.dim_v,
+      params.dout_aligned);
+  Tiles tiles(p, s, head, tile_memory, places, true);
+  tiles.start();
+
+  int position[1][2];
+  find_positions(position, p, s, warp_row);
+  RowGradient rows[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = s.first_row + warp_row + lane / 4 + 8 * half, query = row / p.group;
+    rows[half] = {kInfinity, 0.f};
+    if (query < s.num_queries) {
+      rows[half] = params.rows[(s.query + int64_t{query}) * p.num_heads + head * p.group +
+                               row % p.group];
+    }
+  }
+  const int first_seen = s.first_position + (s.first_row + warp_row) / p.group;
+  const int last_seen = s.first_position + (s.first_row + warp_row + 15) / p.group;
+
+  Sums<1, S::kColumnBlocks> dq;
+  dq.clear();
+  for (; tiles.more(); tiles.finish()) {
+    tiles.wait();
+    __syncthreads();
+    tiles.advance();
+    const bool seen_whole = tiles.seen_whole(first_seen, last_seen);
+    Sums<1, S::kKeys / 8> x, y;
+    x.clear();
+    y.clear();
+    multiply_rows<T>(x, q, warp_row, tiles.keys(), 0, steps);
+    multiply_rows<T>(y, dout, warp_row, tiles.values(), 0, v_steps);
+#pragma unroll
+    for (int block = 0; block < S::kKeys / 8; ++block) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        Key key{0, 0, 0, 0.f};
+        if (!seen_whole) key = tiles.place(8 * block + lane % 4 * 2 + e % 2);
+        const bool seen = seen_whole || sees(p, s, position[0][e / 2], key.position);
+        float slope;
+        const float logit = finish_logit(p, x.c[0][block][e], key.bias, &slope);
+        const float weight = exp2_fast(logit - rows[e / 2].lse);
+        x.c[0][block][e] =
+            seen ? weight * (y.c[0][block][e] - rows[e / 2].delta) * slope : 0.f;
+      }
+    }
+    multiply_columns<T>(dq, x, tiles.keys(), 0, warp_column * S::kColumnBlocks, p.dim);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = s.first_row + warp_row + lane / 4 + 8 * half, query = row / p.group;
+    if (query >= s.num_queries) continue;
+    const int64_t to = (s.query + int64_t{query}) * p.num_heads + head * p.group + row % p.group;
+    store_row(static_cast<T*>(params.dq) + to * p.dim, dq.c[0], half, p.scale,
+              8 * warp_column * S::kColumnBlocks, p.dim);
+  }
+}
+
+// ---- dk, dv, dkey_bias
+
+// A query and head that see keys of the block: those before `high` that are not before `low`, or are
+// before `sinks`, counted from the block's first key.
+struct alignas(16) SeeingRow {
+  int query, q_head;  // query -1: none
+  int high, low, sinks;
+  float lse, delta;
+  int unused;
+};
+
+// Queries that see the block's keys through one entry of a page table, or as one sequence.
+struct Source {
+  int query;           // first row of q
+  int first_position;  // of that query
+  int length;          // of the sequence
+  int base;            // position of the block's first key
+  int begin, end;      // rows, queries times the group, that may see any
+};
+
+template <class T, int kDim, int kKeys>
+struct KeyShape {
+  static constexpr int kRows = rows_of_dkv(sizeof(T), kDim, kKeys);
+  static constexpr int kWarpsOverRows = kKeys == 16 ? kRows / 16 : 1;
+  static constexpr int kThreads = 2 * kKeys * kWarpsOverRows;
+  static constexpr int kRowBlocks = kRows / 8 / kWarpsOverRows;
+  static constexpr int kColumnBlocks = (kDim < kSlice ? kDim : kSlice) / 8;
+  static constexpr int kLanes = lanes_of_row(kDim * sizeof(T));
+};
+
+// Walks over the rows that see a block's keys, kRows at a time, as KeyTiles over keys: two tiles in
+// shared memory, the rows of a third.
+template <class T, int kDim, int kKeys>
+class RowTiles {
+  using S = KeyShape<T, kDim, kKeys>;
+
+ public:
+  static constexpr int kStages = 2;
+
+  __device__ __forceinline__ static int tile_bytes(const AttentionParams& p) {
+    return S::kRows * (pitch_of(p.dim * sizeof(T)) + pitch_of(p.dim_v * sizeof(T)));
+  }
+
+  // The block's keys: the first is number `first` of unit `unit`, or of sequence `unit`.
+  __device__ __forceinline__ RowTiles(const BackwardParams& params, int head, int64_t unit,
+                                      int first, char* tiles, SeeingRow* rows)
+      : params_(params), p_(params.a), head_(head), first_(first), tiles_(tiles), rows_(rows) {
+    if (!params_.runs) {
+      entry_ = 0;
+      end_ = 1;
+      sequence_ = static_cast<int>(unit);
+    } else {
+      const int64_t run = (params_.lists == 1 ? 0 : head * params_.num_units) + unit;
+      entry_ = params_.run_begin[run];
+      end_ = params_.run_begin[run + 1];
+    }
+    row_ = p_.listed ? 0 : open_source();
+  }
+
+  __device__ __forceinline__ bool empty() const { return left_ == 0 && !has_rows(); }
+
+  __device__ __forceinline__ void start() {
+    for (int slot = 0; slot < kStages; ++slot) keep(slot, take());
+    next_ = take();
+    __syncthreads();
+    load(0, 0);
+  }
+  __device__ __forceinline__ bool more() const { return left_ > 0; }
+  __device__ __forceinline__ void advance() {
+    keep(slot_ == 0 ? 2 : slot_ - 1, next_);
+    next_ = take();
+    load(stage_ ^ 1, slot_ == 2 ? 0 : slot_ + 1);
+  }
+  __device__ __forceinline__ void finish() {
+    --left_;
+    stage_ ^= 1;
+    slot_ = slot_ == 2 ? 0 : slot_ + 1;
+  }
+
+  __device__ __forceinline__ Tile queries() const { return queries_in(stage_); }
+  __device__ __forceinline__ Tile douts() const { return douts_in(stage_); }
+  __device__ __forceinline__ const SeeingRow& row(int i) const {
+    return rows_[slot_ * S::kRows + i];
+  }
+
+ private:
+  __device__ __forceinline__ Tile queries_in(int stage) const {
+    return {tiles_ + stage * tile_bytes(p_), pitch_of(p_.dim * sizeof(T))};
+  }
+  __device__ __forceinline__ Tile douts_in(int stage) const {
+    const Tile q = queries_in(stage);
+    return {q.data + S::kRows * q.pitch, pitch_of(p_.dim_v * sizeof(T))};
+  }
+
+  __device__ __forceinline__ bool has_rows() const {
+    return p_.listed ? entry_ + row_ / p_.group < end_ : entry_ < end_;
+  }
+
+  // Finds the source of the current entry, or of the next that has rows; returns its first row.
+  __device__ __forceinline__ int open_source() {
+    for (; entry_ < end_; ++entry_) {
+      int64_t b = sequence_;
+      source_.base = first_;
+      if (params_.runs) {
+        const int value = params_.entries[entry_], columns = params_.num_entries / p_.num_sequences;
+        b = value / columns;
+        source_.base += value % columns * p_.page_size;
+      }
+      find_source(p_, b, source_);
+      if (source_.begin < source_.end) return source_.begin;
+    }
+    return 0;
+  }
+
+  __device__ __forceinline__ static void find_source(const AttentionParams& p, int64_t b,
+                                                     Source& s) {
+    s.query = first_query(p, b);
+    const int queries = p.cu_seqlens_q.data ? first_query(p, b + 1) - s.query : 1;
+    s.length = length_of(p, b).tokens;
+    s.first_position = s.length - queries;
+    // The first query that may see the first key, the last that may see the last.
+    int64_t begin = p.causal ? int64_t{s.base} - s.first_position : 0, end = queries;
+    int window = p.window;
+    if (p.head_window.data) window = kNoLimit;  // differs by head; rows tell
+    if (s.base >= p.sink_tokens && window < kNoLimit) {
+      end = clamp(int64_t{s.base} + kKeys - 1 + window - s.first_position, 0, queries);
+    }
+    begin = clamp(begin, 0, queries);
+    s.begin = static_cast<int>(begin) * p.group;
+    s.end = s.base < s.length ? static_cast<int>(end) * p.group : 0;
+  }
+
+  // The rows of the next tile; this thread's one.
+  __device__ __forceinline__ SeeingRow take() {
+    SeeingRow row{-1, 0, 0, 0, 0, 0.f, 0.f, 0};
+    if (!has_rows()) return row;
+    ++left_;
+    const int r = row_ + static_cast<int>(threadIdx.x);
+    const bool mine = threadIdx.x < S::kRows;
+    if (p_.listed) {
+      if (mine && entry_ + r / p_.group < end_) row = listed_row(entry_ + r / p_.group, r % p_.group);
+      row_ += S::kRows;
+      return row;
+    }
+    if (mine && r < source_.end) {
+      row = seeing_row(source_.query + r / p_.group, r % p_.group,
+                       source_.first_position + r / p_.group, source_.length, source_.base);
+    }
+    row_ += S::kRows;
+    if (row_ >= source_.end) {
+      ++entry_;
+      row_ = open_source();
+    }
+    return row;
+  }
+
+  __device__ __forceinline__ SeeingRow listed_row(int entry, int within_group) const {
+    const int value = params_.entries[entry];
+    const int query = value / (params_.lists * p_.list_length);
+    const int list = value / p_.list_length % params_.lists;
+    const int64_t index =
+        integer_at(p_.indices, query * p_.list_query_stride + list * p_.list_head_stride +
+                                   value % p_.list_length * p_.indices.stride);
+    int64_t b = query;
+    int position_from_end = 1;
+    if (p_.cu_seqlens_q.data) {
+      b = last_at_most(p_.num_sequences, b, [&](int64_t i) { return first_query(p_, i); });
+      position_from_end = first_query(p_, b + 1) - query;
+    }
+    const int length = length_of(p_, b).tokens;
+    return seeing_row(query, within_group, length - position_from_end, length,
+                      static_cast<int>(index * p_.unit) + first_);
+  }
+
+  __device__ __forceinline__ SeeingRow seeing_row(int query, int within_group, int position,
+                                                  int length, int base) const {
+    const int q_head = head_ * p_.group + within_group;
+    const int window = p_.head_window.data
+                           ? static_cast<int>(clamp(at(p_.head_window, head_), 0, kNoLimit))
+                           : p_.window;
+    const int end = p_.causal && position + 1 < length ? position + 1 : length;
+    const int64_t low = p_.listed ? 0 : int64_t{position} - window + 1;
+    const RowGradient g = params_.rows[int64_t{query} * p_.num_heads + q_head];
+    return {query, q_head, end - base, static_cast<int>(low > 0 ? low - base : -base),
+            p_.sink_tokens - base, g.lse, g.delta, 0};
+  }
+
+  __device__ __forceinline__ void keep(int slot, const SeeingRow& row) const {
+    if (threadIdx.x < S::kRows) rows_[slot * S::kRows + threadIdx.x] = row;
+  }
+
+  __device__ __forceinline__ void load(int stage, int slot) {
+    if (loaded_ < taken()) {
+      const int lane = threadIdx.x % S::kLanes;
+      for (int i = threadIdx.x / S::kLanes; i < S::kRows; i += S::kThreads / S::kLanes) {
+        const SeeingRow& row = rows_[slot * S::kRows + i];
+        const bool used = row.query >= 0;
+        const int64_t query = used ? row.query : 0;
+        copy_row<T, S::kLanes>(
+            queries_in(stage), i,
+            static_cast<const T*>(p_.q) + query * p_.q_stride + row.q_head * p_.q_head_stride,
+            p_.dim, lane, p_.aligned, used);
+        copy_row<T, S::kLanes>(douts_in(stage), i,
+                               static_cast<const T*>(params_.dout) + query * params_.dout_stride +
+                                   row.q_head * params_.dout_head_stride,
+                               p_.dim_v, lane, params_.dout_aligned, used);
+      }
+      ++loaded_;
+    }
+    commit_copies();
+  }
+  __device__ __forceinline__ int taken() const { return done_ + left_; }
+
+  const BackwardParams& params_;
+  const AttentionParams& p_;
+  const int head_, first_;
+  char* const tiles_;
+  SeeingRow* const rows_;
+  int entry_ = 0, end_ = 0, sequence_ = 0;
+  Source source_{};
+  int row_ = 0;               // of the source, or of all listed
+  int left_ = 0, done_ = 0;   // tiles taken and not finished
+  int loaded_ = 0;
+  int stage_ = 0, slot_ = 0;
+  SeeingRow next_{};
+};
+
+}  // namespace memkernels::attention::cuda
