@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import memkernels
-from memkernels import _C, attention
+from memkernels import _C, _library, attention
 
 SIMT = Path(__file__).parent / "simt"
 OPS = (
@@ -61,7 +61,14 @@ def library(check: str = "") -> ctypes.CDLL:
     )
     path = str(folder / "libmemkernels_simt.so")
     torch.ops.load_library(path)
-    return ctypes.CDLL(path)
+    namespace = f"memkernels_simt{check}"
+    autograd = torch.library.Library(namespace, "FRAGMENT")
+    for op in "paged_attention", "gather_attention":
+        overload = getattr(getattr(torch.ops, namespace), op).default
+        attention._register_attention(overload, attention._DIFFERENTIABLE, autograd)
+    loaded = ctypes.CDLL(path)
+    loaded.autograd = autograd  # registered as long as this lives
+    return loaded
 
 
 @functools.cache
@@ -101,7 +108,6 @@ def on_host(op: str, *args, check_indices: bool = True, check: str = "", **kwarg
     with (
         mock.patch.object(attention, f"_{op}", emulated),
         mock.patch.dict(os.environ, {"MEMKERNELS_CHECK": str(int(check_indices))}),
-        torch.no_grad(),
     ):
         return getattr(memkernels, op)(*args, **kwargs)
 
@@ -113,6 +119,8 @@ def on_device(op: str, *args, check_indices: bool = True, **kwargs):
     def move(value):
         if not isinstance(value, Tensor):
             return value
+        if value.requires_grad:
+            return value.cuda()
         storage = value.untyped_storage()
         there = storages.get(storage.data_ptr())
         if there is None:
@@ -134,8 +142,8 @@ def run(op: str, *args, **kwargs):
     lacking = None
     if any(x.dtype == torch.float64 for x in tensors):
         lacking = "CUDA kernels have no float64"
-    elif torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        lacking = "autograd is above what is tested here"
+    elif "attention" not in op and _library.wants_gradient(*tensors):
+        lacking = "autograd of this op is above what is tested here"
     if lacking:
         if hypothesis.currently_in_test_context():
             hypothesis.reject()

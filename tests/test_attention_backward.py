@@ -38,8 +38,8 @@ def gradients(paged_attention, case, names=None):
     return dict(zip(names, grads, strict=True))
 
 
-def check_gradients(case):
-    actual = gradients(native, case)
+def check_gradients(paged_attention, case):
+    actual = gradients(paged_attention, case)
     exact = gradients(fallback.paged_attention, case.to(torch.float64))
     with straightforward():
         baseline = gradients(fallback.paged_attention, case)
@@ -71,14 +71,15 @@ VARIANTS = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_against_autograd_through_the_fallback(kind, variant, dtype):
+def test_against_autograd_through_the_fallback(kernels, kind, variant, dtype):
     sizes = {"lengths": [33, 0, 7, 16], "queries": [5, 2, 9, 16]}
-    check_gradients(attention_case(kind, **sizes | VARIANTS[variant], dtype=dtype))
+    case = attention_case(kind, **sizes | VARIANTS[variant], dtype=dtype)
+    check_gradients(kernels.paged_attention, case)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(100))
-def test_against_autograd_through_the_fallback_at_random(seed):
+def test_against_autograd_through_the_fallback_at_random(kernels, seed):
     generator = torch.Generator().manual_seed(seed)
 
     def pick(*values):
@@ -104,7 +105,7 @@ def test_against_autograd_through_the_fallback_at_random(seed):
         sink_tokens=pick(0, 2),
         softcap=pick(0.0, 3.0),
     )
-    check_gradients(case)
+    check_gradients(kernels.paged_attention, case)
 
 
 def gradcheck(paged_attention, case, **kwargs):

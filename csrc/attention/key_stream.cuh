@@ -62,6 +62,28 @@ __device__ __forceinline__ int first_query(const AttentionParams& p, int64_t b) 
                              : static_cast<int>(b);
 }
 
+// The keys of sequence b: where they begin in packed K and V, and how many there are.
+struct Extent {
+  int64_t first_token;
+  int length;
+};
+__device__ __forceinline__ Extent extent_of(const AttentionParams& p, int64_t b) {
+  int64_t first = 0, length = p.capacity;
+  if (p.cu_seqlens_k.data) {
+    first = clamp(at(p.cu_seqlens_k, b), 0, p.capacity);
+    length = clamp(at(p.cu_seqlens_k, b + 1), first, p.capacity) - first;
+  } else if (p.seq_lens.data) {
+    length = at(p.seq_lens, b);
+  }
+  return {first, static_cast<int>(clamp(length, 0, p.max_length))};
+}
+
+// How many keys back a query of a head sees.
+__device__ __forceinline__ int window_of(const AttentionParams& p, int head) {
+  return p.head_window.data ? static_cast<int>(clamp(at(p.head_window, head), 0, kNoLimit))
+                            : p.window;
+}
+
 // The largest b in [0, num_sequences) whose value(b) <= x; value rises.
 template <class Value>
 __device__ __forceinline__ int64_t last_at_most(int64_t num_sequences, int64_t x,
@@ -139,23 +161,16 @@ __device__ __forceinline__ bool find_stream(const AttentionParams& p, int64_t sl
 
   s.row = b;
   s.partial = b * p.partial_queries + skipped;
-  s.first_token = 0;
-  int64_t tokens = p.capacity;
-  if (p.cu_seqlens_k.data) {
-    s.first_token = clamp(at(p.cu_seqlens_k, b), 0, p.capacity);
-    tokens = clamp(at(p.cu_seqlens_k, b + 1), s.first_token, p.capacity) - s.first_token;
-  } else if (p.seq_lens.data) {
-    tokens = at(p.seq_lens, b);
-  }
-  const int length = static_cast<int>(clamp(tokens, 0, p.max_length));
+  const Extent extent = extent_of(p, b);
+  s.first_token = extent.first_token;
+  const int length = extent.length;
 
   s.first_position = length - num_queries + skipped;
   const int last_row = s.first_row + kRows - 1;
   const int last_query = last_row / group < s.num_queries ? last_row / group : s.num_queries - 1;
   s.visible =
       p.causal ? static_cast<int>(clamp(s.first_position + last_query + 1, 0, length)) : length;
-  s.window =
-      p.head_window.data ? static_cast<int>(clamp(at(p.head_window, head), 0, kNoLimit)) : p.window;
+  s.window = window_of(p, head);
   const int64_t seen_from = int64_t{s.first_position} + s.first_row / group - s.window + 1;
   s.window_begin = static_cast<int>(clamp(seen_from, 0, s.visible));
   s.sinks = p.sink_tokens < s.window_begin ? p.sink_tokens : s.window_begin;
@@ -176,6 +191,13 @@ __device__ __forceinline__ bool find_stream(const AttentionParams& p, int64_t sl
   s.begin = split * step;
   s.end = s.begin + step < end ? s.begin + step : end;
   return true;
+}
+
+// Whether a row at a position sees a key; hidden keys have position -1.
+__device__ __forceinline__ bool sees(const AttentionParams& p, const Stream& s, int position,
+                                     int key) {
+  const int distance = position - key;
+  return key >= 0 && (!p.causal || distance >= 0) && (distance < s.window || key < p.sink_tokens);
 }
 
 // What the list says of key j of the stream, read ahead of find_key.

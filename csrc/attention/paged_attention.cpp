@@ -6,7 +6,6 @@
 #include "attention/plan.h"
 #include "attention/shared_prefix.h"
 #include "core/check.h"
-#include "core/cuda/host_copy.h"
 #include "core/memory.h"
 
 namespace memkernels::attention {
@@ -78,29 +77,14 @@ void cut_tasks(const Problem& p, int64_t workers, std::vector<SequenceTasks>& ta
   }
 }
 
-#ifdef MEMKERNELS_WITH_CUDA
-void run_on_cuda(const char* op, const PagedAttentionArgs& args, const Context& ctx) {
-  const Shapes shapes = check_shapes(op, args);
-  if (ctx.check_indices) {
-    HostCopies copies(op, ctx);
-    PagedAttentionArgs read = args;
-    for (TensorView* t : {&read.page_table, &read.seq_lens, &read.cu_seqlens_q, &read.cu_seqlens_k,
-                          &read.head_window, &read.indices, &read.sink_logit}) {
-      copies.replace(*t);
-    }
-    Plan plan;
-    make_plan(op, read, plan);
-  }
-  cuda::paged_attention(op, args, shapes, ctx);
-}
-#endif
-
 }  // namespace
 
 void paged_attention(const PagedAttentionArgs& args, const Context& ctx) {
   const char* const op = given(args.indices) ? "gather_attention" : "paged_attention";
 #ifdef MEMKERNELS_WITH_CUDA
-  if (ctx.device.type == DeviceType::cuda) return run_on_cuda(op, args, ctx);
+  if (ctx.device.type == DeviceType::cuda) {
+    return cuda::paged_attention(op, args, check_on_cuda(op, args, ctx), ctx);
+  }
 #endif
   Plan plan;
   make_plan(op, args, plan);

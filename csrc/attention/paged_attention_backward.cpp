@@ -82,27 +82,40 @@ void sink_gradient(const Problem& p, const BackwardJob& job, int64_t total_q,
   }
 }
 
-}  // namespace
-
-void paged_attention_backward(const PagedAttentionArgs& args, const PagedAttentionGrads& grads,
-                              const Context& ctx) {
-  Plan plan;
-  const char* op = given(args.indices) ? "gather_attention_backward" : "paged_attention_backward";
-  make_plan(op, args, plan);
-  const Problem& p = plan.problem;
-  const int64_t total_q = plan.total_q;
-  const Dtype wide = p.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+// What the forward returned, and the gradients of that.
+void check_results(const char* op, const PagedAttentionArgs& args, const PagedAttentionGrads& grads,
+                   const Shapes& shapes) {
+  const Dtype dtype = args.q.dtype, wide = dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
   for (const auto& [arg, t] : {std::pair{"dout", &grads.dout}, {"out", &args.out}}) {
-    check_shape(op, arg, *t, "[total_q, Hq, Dv]", {total_q, p.num_heads, p.dim_v});
-    check_dtype(op, arg, *t, p.dtype);
+    check_shape(op, arg, *t, "[total_q, Hq, Dv]", {shapes.total_q, shapes.heads, shapes.dim_v});
+    check_dtype(op, arg, *t, dtype);
     check_rows_contiguous(op, arg, *t);
   }
   for (const auto& [arg, t] : {std::pair{"dlse", &grads.dlse}, {"lse", &args.lse}}) {
     if (!given(*t)) continue;
-    check_shape(op, arg, *t, "[total_q, Hq]", {total_q, p.num_heads});
+    check_shape(op, arg, *t, "[total_q, Hq]", {shapes.total_q, shapes.heads});
     check_dtype(op, arg, *t, wide);
     check_contiguous(op, arg, *t);
   }
+}
+
+}  // namespace
+
+void paged_attention_backward(const PagedAttentionArgs& args, const PagedAttentionGrads& grads,
+                              const Context& ctx) {
+  const char* op = given(args.indices) ? "gather_attention_backward" : "paged_attention_backward";
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    const Shapes shapes = check_on_cuda(op, args, ctx);
+    check_results(op, args, grads, shapes);
+    return cuda::paged_attention_backward(op, args, grads, shapes, ctx);
+  }
+#endif
+  check_results(op, args, grads, check_shapes(op, args));
+  Plan plan;
+  make_plan(op, args, plan);
+  const Problem& p = plan.problem;
+  const int64_t total_q = plan.total_q;
   if (total_q == 0 || p.num_heads == 0) return;
 
   const int leading = p.packed ? 2 : 3;

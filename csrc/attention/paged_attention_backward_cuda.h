@@ -30,7 +30,7 @@ struct BackwardParams {
   // that name them, in order; else each belongs to one sequence.
   bool runs;
   int64_t num_units;   // pages, or tokens of the cache
-  int unit;            // tokens
+  int unit;            // tokens of one
   int parts_of_unit;   // blocks of keys
   int lists;           // of a query: 1 or Hkv
   int num_entries;
@@ -45,7 +45,8 @@ inline constexpr int kSlice = 128;
 constexpr int rows_of_dq(int item_size, int dim) { return item_size * dim <= 512 ? 64 : 16; }
 // Rows that a block of `keys` keys takes at a time.
 constexpr int rows_of_dkv(int item_size, int dim, int keys) {
-  return keys == 16 && item_size * dim <= 512 ? 64 : 32;
+  const int row = item_size * dim;
+  return keys == 64 ? 32 : row <= 256 ? 64 : row <= 1152 ? 32 : 16;
 }
 constexpr bool has_64_keys(int item_size, int dim) { return item_size * dim <= 512; }
 
@@ -56,13 +57,5 @@ void launch_dq(const char* op, const BackwardParams& p, int64_t blocks, int64_t 
 template <class T, int kDim>
 void launch_dkv(const char* op, const BackwardParams& p, int keys, int64_t blocks,
                 int64_t shared_bytes, const Context& ctx);
-// delta, lse and dsink_logit.
-template <class T>
-void launch_rows(const char* op, const BackwardParams& p, const Context& ctx);
-// The sort key of every entry: the unit it names, num_units * lists for none.
-void launch_entries(const char* op, const BackwardParams& p, uint32_t* keys, int* entries,
-                    const Context& ctx);
-void launch_runs(const char* op, const uint32_t* keys, int n, int* run_begin, int64_t num_runs,
-                 const Context& ctx);
 
 }  // namespace memkernels::attention::cuda

@@ -238,7 +238,7 @@ class RowTiles {
     row_ = p_.listed ? 0 : open_source();
   }
 
-  __device__ __forceinline__ bool empty() const { return left_ == 0 && !has_rows(); }
+  __device__ __forceinline__ bool empty() const { return !has_rows(); }
 
   __device__ __forceinline__ void start() {
     for (int slot = 0; slot < kStages; ++slot) keep(slot, take());
@@ -246,14 +246,14 @@ class RowTiles {
     __syncthreads();
     load(0, 0);
   }
-  __device__ __forceinline__ bool more() const { return left_ > 0; }
+  __device__ __forceinline__ bool more() const { return finished_ < taken_; }
   __device__ __forceinline__ void advance() {
     keep(slot_ == 0 ? 2 : slot_ - 1, next_);
     next_ = take();
     load(stage_ ^ 1, slot_ == 2 ? 0 : slot_ + 1);
   }
   __device__ __forceinline__ void finish() {
-    --left_;
+    ++finished_;
     stage_ ^= 1;
     slot_ = slot_ == 2 ? 0 : slot_ + 1;
   }
@@ -287,35 +287,33 @@ class RowTiles {
         b = value / columns;
         source_.base += value % columns * p_.page_size;
       }
-      find_source(p_, b, source_);
+      find_source(b);
       if (source_.begin < source_.end) return source_.begin;
     }
     return 0;
   }
 
-  __device__ __forceinline__ static void find_source(const AttentionParams& p, int64_t b,
-                                                     Source& s) {
-    s.query = first_query(p, b);
-    const int queries = p.cu_seqlens_q.data ? first_query(p, b + 1) - s.query : 1;
-    s.length = length_of(p, b).tokens;
+  __device__ __forceinline__ void find_source(int64_t b) {
+    Source& s = source_;
+    s.query = first_query(p_, b);
+    const int queries = p_.cu_seqlens_q.data ? first_query(p_, b + 1) - s.query : 1;
+    s.length = extent_of(p_, b).length;
     s.first_position = s.length - queries;
     // The first query that may see the first key, the last that may see the last.
-    int64_t begin = p.causal ? int64_t{s.base} - s.first_position : 0, end = queries;
-    int window = p.window;
-    if (p.head_window.data) window = kNoLimit;  // differs by head; rows tell
-    if (s.base >= p.sink_tokens && window < kNoLimit) {
-      end = clamp(int64_t{s.base} + kKeys - 1 + window - s.first_position, 0, queries);
+    const int64_t begin = p_.causal ? int64_t{s.base} - s.first_position : 0;
+    int64_t end = queries;
+    if (s.base >= p_.sink_tokens) {
+      end = clamp(int64_t{s.base} + kKeys - 1 + window_of(p_, head_) - s.first_position, 0, end);
     }
-    begin = clamp(begin, 0, queries);
-    s.begin = static_cast<int>(begin) * p.group;
-    s.end = s.base < s.length ? static_cast<int>(end) * p.group : 0;
+    s.begin = static_cast<int>(clamp(begin, 0, queries)) * p_.group;
+    s.end = s.base < s.length ? static_cast<int>(end) * p_.group : 0;
   }
 
   // The rows of the next tile; this thread's one.
   __device__ __forceinline__ SeeingRow take() {
     SeeingRow row{-1, 0, 0, 0, 0, 0.f, 0.f, 0};
     if (!has_rows()) return row;
-    ++left_;
+    ++taken_;
     const int r = row_ + static_cast<int>(threadIdx.x);
     const bool mine = threadIdx.x < S::kRows;
     if (p_.listed) {
@@ -348,7 +346,7 @@ class RowTiles {
       b = last_at_most(p_.num_sequences, b, [&](int64_t i) { return first_query(p_, i); });
       position_from_end = first_query(p_, b + 1) - query;
     }
-    const int length = length_of(p_, b).tokens;
+    const int length = extent_of(p_, b).length;
     return seeing_row(query, within_group, length - position_from_end, length,
                       static_cast<int>(index * p_.unit) + first_);
   }
@@ -356,9 +354,7 @@ class RowTiles {
   __device__ __forceinline__ SeeingRow seeing_row(int query, int within_group, int position,
                                                   int length, int base) const {
     const int q_head = head_ * p_.group + within_group;
-    const int window = p_.head_window.data
-                           ? static_cast<int>(clamp(at(p_.head_window, head_), 0, kNoLimit))
-                           : p_.window;
+    const int window = window_of(p_, head_);
     const int end = p_.causal && position + 1 < length ? position + 1 : length;
     const int64_t low = p_.listed ? 0 : int64_t{position} - window + 1;
     const RowGradient g = params_.rows[int64_t{query} * p_.num_heads + q_head];
@@ -371,7 +367,7 @@ class RowTiles {
   }
 
   __device__ __forceinline__ void load(int stage, int slot) {
-    if (loaded_ < taken()) {
+    if (loaded_ < taken_) {
       const int lane = threadIdx.x % S::kLanes;
       for (int i = threadIdx.x / S::kLanes; i < S::kRows; i += S::kThreads / S::kLanes) {
         const SeeingRow& row = rows_[slot * S::kRows + i];
@@ -390,7 +386,6 @@ class RowTiles {
     }
     commit_copies();
   }
-  __device__ __forceinline__ int taken() const { return done_ + left_; }
 
   const BackwardParams& params_;
   const AttentionParams& p_;
@@ -399,11 +394,232 @@ class RowTiles {
   SeeingRow* const rows_;
   int entry_ = 0, end_ = 0, sequence_ = 0;
   Source source_{};
-  int row_ = 0;               // of the source, or of all listed
-  int left_ = 0, done_ = 0;   // tiles taken and not finished
-  int loaded_ = 0;
-  int stage_ = 0, slot_ = 0;
-  SeeingRow next_{};
+  int row_ = 0;                                // of the source, or of all listed
+  int taken_ = 0, loaded_ = 0, finished_ = 0;  // tiles
+  int stage_ = 0, slot_ = 0;                   // of the tile worked on
+  SeeingRow next_{};                           // of a tile still to be kept
 };
+
+// Sums of all warps that share keys, in the first of them.
+template <int kWarpsOverRows, int kBlocks>
+__device__ __forceinline__ void add_up(Sums<1, kBlocks>& sums, float* scratch, int warp_row) {
+  const int lane = threadIdx.x % 32;
+  for (int w = 1; w < kWarpsOverRows; ++w) {
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kBlocks * 4; ++i) {
+      if (warp_row == w) scratch[i * 32 + lane] = sums.c[0][i / 4][i % 4];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kBlocks * 4; ++i) {
+      if (warp_row == 0) sums.c[0][i / 4][i % 4] += scratch[i * 32 + lane];
+    }
+  }
+}
+
+// Blocks: units, or parts of sequences, times heads times slices of head dimensions.
+template <class T, int kDim, int kKeys>
+__global__ void __launch_bounds__(KeyShape<T, kDim, kKeys>::kThreads, 1)
+    find_dkv(const BackwardParams params) {
+  using S = KeyShape<T, kDim, kKeys>;
+  using Rows = RowTiles<T, kDim, kKeys>;
+  const AttentionParams& p = params.a;
+  const int tid = threadIdx.x, lane = tid % 32;
+  const int warp_row = tid / 32 % S::kWarpsOverRows;
+  const int warp_key = tid / 32 / S::kWarpsOverRows * 16;
+
+  // Keys [kKeys][D], values [kKeys][Dv], tiles of rows, what they see.
+  char* const memory = shared_memory();
+  const Tile keys{memory, pitch_of(p.dim * sizeof(T))};
+  const Tile values{memory + kKeys * keys.pitch, pitch_of(p.dim_v * sizeof(T))};
+  char* const tile_memory = values.data + kKeys * values.pitch;
+  const int tile_bytes = Rows::kStages * Rows::tile_bytes(p);
+  SeeingRow* const rows = reinterpret_cast<SeeingRow*>(tile_memory + tile_bytes);
+
+  const int slices = ((p.dim > p.dim_v ? p.dim : p.dim_v) + kSlice - 1) / kSlice;
+  const int slice = static_cast<int>(blockIdx.x % slices);
+  const int head = static_cast<int>(blockIdx.x / slices % p.num_kv_heads);
+  int64_t owner = blockIdx.x / slices / p.num_kv_heads;
+
+  // The block's keys: how many, the first of its unit or sequence, and where they lie.
+  int first, count;
+  int64_t outer = 0, token;
+  if (params.runs) {
+    first = static_cast<int>(owner % params.parts_of_unit) * kKeys;
+    owner /= params.parts_of_unit;
+    count = params.unit - first;
+    outer = owner * params.unit / p.page_size;
+    token = owner * params.unit % p.page_size + first;
+  } else {
+    int64_t b = owner / params.parts_of_unit;
+    first = static_cast<int>(owner % params.parts_of_unit) * kKeys;
+    if (p.cu_seqlens_k.data) {
+      const auto first_owner = [&](int64_t i) { return extent_of(p, i).first_token / kKeys + i; };
+      b = last_at_most(p.num_sequences, owner, first_owner);
+      first = static_cast<int>(clamp(owner - first_owner(b), 0, kNoLimit / kKeys - 1)) * kKeys;
+    } else {
+      outer = b;
+    }
+    const Extent extent = extent_of(p, b);
+    count = extent.length - first;
+    token = extent.first_token + first;
+    owner = b;
+  }
+  if (count <= 0) return;
+  if (count > kKeys) count = kKeys;
+
+  Rows tiles(params, head, owner, first, tile_memory, rows);
+  if (tiles.empty()) return;
+  const int steps = (p.dim * static_cast<int>(sizeof(T)) + 31) / 32;
+  const int v_steps = (p.dim_v * static_cast<int>(sizeof(T)) + 31) / 32;
+  if (p.dim * sizeof(T) % 32 != 0 || p.dim_v * sizeof(T) % 32 != 0) {
+    fill_zeros<S::kThreads>(memory, kKeys * (keys.pitch + values.pitch) + tile_bytes);
+    __syncthreads();
+  }
+  const auto load = [&](const Tile& tile, const CacheRows& from, int dim) {
+    const T* const data =
+        static_cast<const T*>(from.data) + outer * from.outer_stride + head * from.head_stride;
+    for (int i = tid / S::kLanes; i < kKeys; i += S::kThreads / S::kLanes) {
+      const bool used = i < count;
+      copy_row<T, S::kLanes>(tile, i, data + (token + (used ? i : 0)) * from.token_stride, dim,
+                             tid % S::kLanes, p.aligned, used);
+    }
+  };
+  load(keys, p.k, p.dim);
+  load(values, p.v, p.dim_v);
+  tiles.start();
+
+  float bias[2] = {}, dbias[2] = {};
+  for (int half = 0; p.key_bias.data && half < 2; ++half) {
+    const int key = warp_key + lane / 4 + 8 * half;
+    if (key >= count) continue;
+    const int64_t offset = outer * p.key_bias.outer_stride +
+                           (token + key) * p.key_bias.token_stride + head * p.key_bias.head_stride;
+    bias[half] = companion_at<T>(p.key_bias.data, p.bias_is_float, offset) * kLog2e;
+  }
+
+  Sums<1, S::kColumnBlocks> dk, dv;
+  dk.clear();
+  dv.clear();
+  const int first_block = slice * kSlice / 8;
+  for (; tiles.more(); tiles.finish()) {
+    wait_copies<0>();
+    __syncthreads();
+    tiles.advance();
+    const Tile q = tiles.queries(), dout = tiles.douts();
+    const int first_row = warp_row * S::kRowBlocks * 8;
+    Sums<1, S::kRowBlocks> x, y;
+    x.clear();
+    y.clear();
+    multiply_rows<T>(x, keys, warp_key, q, first_row, steps);
+    multiply_rows<T>(y, values, warp_key, dout, first_row, v_steps);
+#pragma unroll
+    for (int block = 0; block < S::kRowBlocks; ++block) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const SeeingRow row = tiles.row(first_row + 8 * block + lane % 4 * 2 + e);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int key = warp_key + lane / 4 + 8 * half;
+          const bool seen = row.query >= 0 && key < count && key < row.high &&
+                            (key >= row.low || key < row.sinks) && bias[half] != -kInfinity;
+          float& product = x.c[0][block][2 * half + e];
+          float& dweight = y.c[0][block][2 * half + e];
+          float slope;
+          const float logit = finish_logit(p, product, bias[half], &slope);
+          const float weight = seen ? exp2_fast(logit - row.lse) : 0.f;
+          const float dlogit = seen ? weight * (dweight - row.delta) : 0.f;
+          dbias[half] += dlogit;
+          product = dlogit * slope;
+          dweight = weight;
+        }
+      }
+    }
+    multiply_columns<T>(dv, y, dout, first_row, first_block, p.dim_v);
+    multiply_columns<T>(dk, x, q, first_row, first_block, p.dim);
+  }
+
+  float* const scratch = reinterpret_cast<float*>(tile_memory);
+  add_up<S::kWarpsOverRows>(dk, scratch, warp_row);
+  add_up<S::kWarpsOverRows>(dv, scratch, warp_row);
+  Sums<1, 1> dbiases{{{{dbias[0], dbias[1], 0.f, 0.f}}}};
+  add_up<S::kWarpsOverRows>(dbiases, scratch, warp_row);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float sum = dbiases.c[0][0][half];
+    sum += __shfl_xor_sync(kWholeWarp, sum, 1);
+    sum += __shfl_xor_sync(kWholeWarp, sum, 2);
+    const int key = warp_key + lane / 4 + 8 * half;
+    if (warp_row > 0 || key >= count) continue;
+    const int64_t to = (outer * p.page_size + token + key) * p.num_kv_heads + head;
+    if (params.dk) {
+      store_row(static_cast<T*>(params.dk) + to * p.dim, dk.c[0], half, p.scale, 8 * first_block,
+                p.dim);
+    }
+    if (params.dv) {
+      store_row(static_cast<T*>(params.dv) + to * p.dim_v, dv.c[0], half, 1.f, 8 * first_block,
+                p.dim_v);
+    }
+    if (!params.dkey_bias || slice > 0 || lane % 4 > 0) continue;
+    if (p.bias_is_float) {
+      static_cast<float*>(params.dkey_bias)[to] = sum;
+    } else {
+      narrow(sum, static_cast<T*>(params.dkey_bias)[to]);
+    }
+  }
+}
+
+// ---- which entries name a unit
+
+// The sort key of every entry of the page table, or of the lists; entries that name nothing that
+// exists come last.
+inline __global__ void __launch_bounds__(256)
+    find_entries(const BackwardParams params, uint32_t* keys, int* entries) {
+  const AttentionParams& p = params.a;
+  const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
+  if (i >= params.num_entries) return;
+  int64_t b, list = 0, token;  // of the sequence
+  if (p.listed) {
+    const int64_t query = i / p.list_length / params.lists;
+    list = i / p.list_length % params.lists;
+    const int64_t index =
+        integer_at(p.indices, query * p.list_query_stride + list * p.list_head_stride +
+                                  i % p.list_length * p.indices.stride);
+    b = query;
+    if (p.cu_seqlens_q.data) {
+      b = last_at_most(p.num_sequences, query, [&](int64_t j) { return first_query(p, j); });
+    }
+    token = index < 0 || index > kNoLimit ? -1 : index * p.unit;
+  } else {
+    const int64_t columns = params.num_entries / p.num_sequences;
+    b = i / columns;
+    token = i % columns * p.page_size;
+  }
+  int64_t key = params.lists * params.num_units;
+  if (token >= 0 && token < extent_of(p, b).length) {
+    int64_t page = b;
+    if (p.page_table.data) {
+      page = integer_at(p.page_table,
+                        b * p.table_row_stride + token / p.page_size * p.page_table.stride);
+    }
+    if (page >= 0 && page < p.num_pages) {
+      key = list * params.num_units + (page * p.page_size + token % p.page_size) / params.unit;
+    }
+  }
+  keys[i] = static_cast<uint32_t>(key);
+  entries[i] = static_cast<int>(i);
+}
+
+// Where the entries of each unit begin, among n sorted ones.
+inline __global__ void __launch_bounds__(256)
+    find_runs(const uint32_t* keys, int n, int* run_begin, int64_t num_runs) {
+  const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
+  if (i > n) return;
+  const int64_t before = i == 0 ? -1 : int64_t{keys[i - 1]}, here = i == n ? num_runs : keys[i];
+  for (int64_t run = before + 1; run <= here && run <= num_runs; ++run) {
+    run_begin[run] = static_cast<int>(i);
+  }
+}
 
 }  // namespace memkernels::attention::cuda

@@ -15,11 +15,6 @@ namespace {
 
 using Launch = void (*)(const char*, const AttentionParams&, int, int64_t, int64_t, const Context&);
 
-// The head dimension of the kernels that take this one.
-int class_of(int64_t dim) {
-  return *std::lower_bound(std::begin(kDims), std::end(kDims), static_cast<int>(dim));
-}
-
 template <class T>
 Launch launch_for(int dim_class) {
   switch (dim_class) {
@@ -34,17 +29,14 @@ Launch launch_for(int dim_class) {
   }
 }
 
-Launch launch_for(const char* op, Dtype dtype, int dim_class) {
+Launch launch_for(Dtype dtype, int dim_class) {
   switch (dtype) {
     case Dtype::f32:
       return launch_for<float>(dim_class);
     case Dtype::bf16:
       return launch_for<bf16>(dim_class);
-    case Dtype::f16:
-      return launch_for<f16>(dim_class);
     default:
-      fail(op, "q has an unsupported dtype ", name(dtype),
-           "; supported on CUDA: float32, bfloat16, float16");
+      return launch_for<f16>(dim_class);
   }
 }
 
@@ -58,11 +50,6 @@ CacheRows cache_rows(const TensorView& t, int leading) {
   return {rows.data, rows.outer_stride, rows.token_stride, rows.head_stride};
 }
 
-bool aligned_to_16(const CacheRows& rows, int64_t dim, int64_t size) {
-  const int64_t numbers = rows.outer_stride | rows.token_stride | rows.head_stride | dim;
-  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && numbers * size % 16 == 0;
-}
-
 // Multi-head latent attention keeps V in the first columns of K.
 bool v_within_k(const PagedAttentionArgs& a) {
   const TensorView &k = a.k_cache, &v = a.v_cache;
@@ -70,7 +57,27 @@ bool v_within_k(const PagedAttentionArgs& a) {
          std::equal(k.stride, k.stride + k.ndim - 1, v.stride);
 }
 
+// One query a sequence, or one list a query: blocks of rows are counted by queries.
+bool single_queries(const PagedAttentionArgs& a) {
+  return given(a.indices) || !given(a.cu_seqlens_q);
+}
+
+}  // namespace
+
+int class_of(int64_t dim) {
+  return *std::lower_bound(std::begin(kDims), std::end(kDims), static_cast<int>(dim));
+}
+
+bool aligned_to_16(const CacheRows& rows, int64_t dim, int64_t size) {
+  const int64_t numbers = rows.outer_stride | rows.token_stride | rows.head_stride | dim;
+  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && numbers * size % 16 == 0;
+}
+
 AttentionParams params_of(const char* op, const PagedAttentionArgs& a, const Shapes& shapes) {
+  const Dtype dtype = a.q.dtype;
+  check(dtype == Dtype::f32 || dtype == Dtype::bf16 || dtype == Dtype::f16, op,
+        "q has an unsupported dtype ", name(dtype),
+        "; supported on CUDA: float32, bfloat16, float16");
   AttentionParams p{};
   const int64_t size = item_size(a.q.dtype);
   p.q = a.q.data;
@@ -126,17 +133,18 @@ AttentionParams params_of(const char* op, const PagedAttentionArgs& a, const Sha
   p.causal = a.causal;
   p.window = a.window < 0 ? kNoLimit : static_cast<int>(std::min<int64_t>(a.window, kNoLimit));
   p.sink_tokens = static_cast<int>(std::min<int64_t>(a.sink_tokens, kNoLimit));
+  p.splits = p.partial_queries = 1;
   p.out = a.out.data;
   p.lse = static_cast<float*>(a.lse.data);
   return p;
 }
 
-// One query a sequence, or one list a query: blocks of rows are counted by queries.
-bool single_queries(const PagedAttentionArgs& a) {
-  return given(a.indices) || !given(a.cu_seqlens_q);
+int64_t plan_rows(AttentionParams& p, const PagedAttentionArgs& a, int rows) {
+  const bool single = single_queries(a);
+  p.blocks_of_query = single ? static_cast<int>(ceil_div(p.group, rows)) : 0;
+  return single ? int64_t{p.total_q} * p.blocks_of_query
+                : int64_t{p.total_q} * p.group / rows + p.num_sequences;
 }
-
-}  // namespace
 
 SharedPlan plan_shared(const AttentionParams& p, int item_size, int rows,
                        const SharedMemory& limits) {
@@ -163,15 +171,13 @@ void paged_attention(const char* op, const PagedAttentionArgs& a, const Shapes& 
                      const Context& ctx) {
   const int size = static_cast<int>(item_size(a.q.dtype));
   const int dim_class = class_of(std::max(shapes.dim, shapes.dim_v));
-  const Launch launch = launch_for(op, a.q.dtype, dim_class);
   AttentionParams p = params_of(op, a, shapes);
   if (shapes.total_q == 0 || shapes.heads == 0) return;
   const DeviceGuard guard(op, ctx.device);
 
   // Blocks of as few rows as hold a sequence's, on average, without reading keys twice.
   const SharedMemory limits = shared_memory_of(op, ctx.device);
-  const bool single = single_queries(a);
-  const int64_t mean_rows = single ? p.group : ceil_div(shapes.total_q, shapes.batch) * p.group;
+  const int64_t mean_rows = single_queries(a) ? p.group : ceil_div(shapes.total_q, shapes.batch) * p.group;
   int rows = mean_rows <= 16 ? 16 : mean_rows > 64 && has_large_blocks(size, dim_class) ? 128 : 64;
   SharedPlan shared = plan_shared(p, size, rows, limits);
   if (shared.stages == 0) {
@@ -182,9 +188,7 @@ void paged_attention(const char* op, const PagedAttentionArgs& a, const Shapes& 
         " need more than the ", limits.of_block, " bytes of shared memory of a block on this GPU");
   p.stages = shared.stages;
 
-  p.blocks_of_query = single ? static_cast<int>(ceil_div(p.group, rows)) : 0;
-  const int64_t slots =
-      single ? shapes.total_q * p.blocks_of_query : shapes.total_q * p.group / rows + shapes.batch;
+  const int64_t slots = plan_rows(p, a, rows);
   const int64_t keys = given(a.indices)
                            ? std::min<int64_t>(int64_t{p.list_length} * p.unit, kNoLimit)
                            : p.max_length;
@@ -198,7 +202,8 @@ void paged_attention(const char* op, const PagedAttentionArgs& a, const Shapes& 
         static_cast<PartialState*>(ctx.allocate(ctx, partials * sizeof(PartialState)));
     p.num_splits = static_cast<int*>(ctx.allocate(ctx, queries * shapes.kv_heads * 4));
   }
-  launch(op, p, rows, slots * p.splits * shapes.kv_heads, shared.bytes, ctx);
+  launch_for(a.q.dtype, dim_class)(op, p, rows, slots * p.splits * shapes.kv_heads, shared.bytes,
+                                   ctx);
 }
 
 }  // namespace memkernels::attention::cuda

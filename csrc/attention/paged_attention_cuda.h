@@ -1,7 +1,7 @@
 // What the CUDA kernels of paged attention read, and where they are chosen.
 #pragma once
 
-#include "attention/paged_attention.h"
+#include "attention/plan.h"
 #include "core/cuda/launch.h"
 
 namespace memkernels::attention::cuda {
@@ -70,6 +70,18 @@ struct AttentionParams {
   PartialState* partial_states;  // [num_sequences, partial_queries, Hq, splits]
   int* num_splits;               // [num_sequences, partial_queries, Hkv]
 };
+
+// The head dimension of the kernels that take this one.
+int class_of(int64_t dim);
+
+// All but the results, and how work is shared out. Refuses dtypes that the kernels lack.
+AttentionParams params_of(const char* op, const PagedAttentionArgs& args, const Shapes& shapes);
+
+// Sets blocks_of_query, for blocks of that many rows; returns how many blocks of rows there are.
+int64_t plan_rows(AttentionParams& p, const PagedAttentionArgs& args, int rows);
+
+// Whether rows can be copied by 16 bytes.
+bool aligned_to_16(const CacheRows& rows, int64_t dim, int64_t item_size);
 
 // Bytes of shared memory of a block of `rows` rows, with as many stages as are worth having.
 struct SharedPlan {

@@ -77,9 +77,7 @@ __device__ __forceinline__ void finish_logits(Sums<kTiles, kBlocks>& x, const At
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& c = x.c[tile][block][2 * half + e];
-          const int distance = position[tile][half] - key.position;
-          const bool seen = seen_whole || (key.position >= 0 && (!p.causal || distance >= 0) &&
-                                           (distance < s.window || key.position < p.sink_tokens));
+          const bool seen = seen_whole || sees(p, s, position[tile][half], key.position);
           c *= p.scale;
           if (p.softcap > 0) c = p.softcap * tanhf(c / p.softcap);
           c = seen ? c * kLog2e + key.bias : -kInfinity;

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/cuda/host_copy.h"
 
 namespace memkernels::attention {
 
@@ -302,5 +303,21 @@ void make_plan(const char* op, const PagedAttentionArgs& a, Plan& plan) {
   p.sequences = plan.sequences.data();
   p.num_sequences = static_cast<int64_t>(plan.sequences.size());
 }
+
+#ifdef MEMKERNELS_WITH_CUDA
+Shapes check_on_cuda(const char* op, const PagedAttentionArgs& args, const Context& ctx) {
+  if (ctx.check_indices) {
+    HostCopies copies(op, ctx);
+    PagedAttentionArgs read = args;
+    for (TensorView* t : {&read.page_table, &read.seq_lens, &read.cu_seqlens_q, &read.cu_seqlens_k,
+                          &read.head_window, &read.indices, &read.sink_logit}) {
+      copies.replace(*t);
+    }
+    Plan plan;
+    make_plan(op, read, plan);
+  }
+  return check_shapes(op, args);
+}
+#endif
 
 }  // namespace memkernels::attention

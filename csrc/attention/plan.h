@@ -34,7 +34,15 @@ void make_plan(const char* op, const PagedAttentionArgs& args, Plan& plan);
 namespace cuda {
 void paged_attention(const char* op, const PagedAttentionArgs& args, const Shapes& shapes,
                      const Context& ctx);
-}
+void paged_attention_backward(const char* op, const PagedAttentionArgs& args,
+                              const PagedAttentionGrads& grads, const Shapes& shapes,
+                              const Context& ctx);
+}  // namespace cuda
+
+#ifdef MEMKERNELS_WITH_CUDA
+// check_shapes, and with ctx.check_indices what make_plan refuses, for tensors on CUDA.
+Shapes check_on_cuda(const char* op, const PagedAttentionArgs& args, const Context& ctx);
+#endif
 
 // The sequence a row of q belongs to.
 int64_t sequence_of(const Plan& plan, int64_t token);

@@ -343,10 +343,11 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _register_attention(op, differentiable: tuple[str, ...]) -> None:
+def _register_attention(op, differentiable: tuple[str, ...], lib=_lib) -> None:
     """Fake and autograd of an op ``(q, k_cache, v_cache, ...) -> (out, lse)``; its backward's
     ``needs`` has a bit for each argument of ``differentiable``, in which order gradients return."""
-    backward = getattr(_ops, op._schema.name.removeprefix("memkernels::") + "_backward").default
+    namespace, name = op._schema.name.split("::")
+    backward = getattr(getattr(torch.ops, namespace), f"{name}_backward").default
     names = [argument.name for argument in op._schema.arguments]
     places = [names.index(name) for name in differentiable]
 
@@ -378,13 +379,14 @@ def _register_attention(op, differentiable: tuple[str, ...]) -> None:
                 grads[i] = computed[bit]
         return tuple(grads)
 
-    torch.library.register_fake(op._schema.name, fake, lib=_lib)
-    torch.library.register_fake(backward._schema.name, fake_backward, lib=_lib)
-    torch.library.register_autograd(op._schema.name, gradient, setup_context=context, lib=_lib)
+    torch.library.register_fake(op._schema.name, fake, lib=lib)
+    torch.library.register_fake(backward._schema.name, fake_backward, lib=lib)
+    torch.library.register_autograd(op._schema.name, gradient, setup_context=context, lib=lib)
 
 
+_DIFFERENTIABLE = ("q", "k_cache", "v_cache", "key_bias", "sink_logit")
 for _attention in (_paged_attention, _gather_attention):
-    _register_attention(_attention, ("q", "k_cache", "v_cache", "key_bias", "sink_logit"))
+    _register_attention(_attention, _DIFFERENTIABLE)
 
 
 @torch.library.register_fake("memkernels::merge_states", lib=_lib)

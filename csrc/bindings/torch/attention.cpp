@@ -280,7 +280,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MEMKERNELS_NAMESPACE, m) {
 template <class Library>
 void implement(Library& m) {
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
+  m.impl("paged_attention_backward", TORCH_BOX(&paged_attention_backward));
   m.impl("gather_attention", TORCH_BOX(&gather_attention));
+  m.impl("gather_attention_backward", TORCH_BOX(&gather_attention_backward));
   m.impl("merge_states", TORCH_BOX(&merge_states));
   m.impl("merge_states_backward", TORCH_BOX(&merge_states_backward));
   m.impl("append_kv", TORCH_BOX(&append_kv));
@@ -288,13 +290,7 @@ void implement(Library& m) {
   m.impl("compact_kv", TORCH_BOX(&compact_kv));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) {
-  implement(m);
-#ifndef MEMKERNELS_SIMT
-  m.impl("paged_attention_backward", TORCH_BOX(&paged_attention_backward));
-  m.impl("gather_attention_backward", TORCH_BOX(&gather_attention_backward));
-#endif
-}
+STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) { implement(m); }
 
 #if defined(MEMKERNELS_WITH_CUDA) && !defined(MEMKERNELS_SIMT)
 STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CUDA, m) { implement(m); }
