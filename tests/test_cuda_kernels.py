@@ -12,6 +12,7 @@ import torch
 import cuda_ops
 import memkernels
 from cases import attention_case, gather_case
+from test_attention_backward import gradients
 from tolerance import assert_same_bits, check_attention, unchanged
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -47,10 +48,19 @@ CASES = {
 }  # fmt: skip
 
 
-def attend(case, run=cuda_ops.on_host, **options):
-    """By the host runner, unless told otherwise."""
+def attend_with(arguments, case, run=cuda_ops.on_host, **options):
     op = "gather_attention" if hasattr(case, "indices") else "paged_attention"
-    return run(op, **case.arguments(), return_lse=True, **options)
+    return run(op, **arguments, return_lse=True, **options)
+
+
+def attend(case, **options):
+    """By the host runner, unless told otherwise."""
+    return attend_with(case.arguments(), case, **options)
+
+
+def differentiate(case, **options):
+    """Gradients of all that is differentiable, as a list."""
+    return list(gradients(lambda **a: attend_with(a, case, **options), case).values())
 
 
 def write(seed=0, run=cuda_ops.on_host, **options):
@@ -71,13 +81,14 @@ def write(seed=0, run=cuda_ops.on_host, **options):
     return caches, lengths, *run("merge_states", outs.half(), lses)
 
 
+@pytest.mark.parametrize("compute", [attend, differentiate])
 @pytest.mark.parametrize("name", CASES)
-def test_same_bits_for_any_schedule(name):
+def test_same_bits_for_any_schedule(compute, name):
     case = CASES[name]()
-    expected = attend(case)
+    expected = compute(case)
     for seed, copies in (1, "lazy"), (2, "random"), (3, "eager"), (4, "lazy"):
         with cuda_ops.schedule(seed, copies):
-            assert_same_bits(attend(case), expected)
+            assert_same_bits(compute(case), expected)
 
 
 def test_writing_gives_the_same_bits_for_any_schedule():
@@ -93,8 +104,10 @@ def test_writing_gives_the_same_bits_for_any_schedule():
 @pytest.mark.parametrize("name", CASES)
 def test_no_races(name):
     cuda_ops.races()
+    case = CASES[name]()
     with cuda_ops.schedule(1, runner=cuda_ops.library("race")):
-        check_attention(lambda **_: attend(CASES[name](), check="race"), CASES[name]())
+        check_attention(lambda **_: attend(case, check="race"), case)
+        differentiate(case, check="race")
     assert cuda_ops.races() == (0, "")
 
 
@@ -134,12 +147,13 @@ def damaged():
 def check_unchecked(**options):
     options = {"run": cuda_ops.on_host, "check_indices": False} | options
     for nonsense, clean in damaged():
-        assert_same_bits(attend(nonsense, **options), attend(clean, **options))
+        for compute in attend, differentiate:
+            assert_same_bits(compute(nonsense, **options), compute(clean, **options))
     # Nonsense offsets of queries give any numbers, but touch only what is given.
     case = attention_case("paged", [90, 40, 33], [3, 1, 9], dtype=torch.bfloat16)
     for offsets in [5, 3, 20, 11], [-9, 0, 2, 10**6], [0, 13, 13, 2]:
         broken = case.replace(cu_seqlens_q=torch.tensor(offsets, dtype=torch.int32))
-        attend(broken, **options)
+        differentiate(broken, **options)
         attend(broken, **options, max_seqlen=20)
     cache = torch.zeros(3, 4, 1, 8)
     new = torch.ones(4, 1, 8)
@@ -163,6 +177,7 @@ def every_kernel(**options):
     options = options or {"run": cuda_ops.on_device}
     for make in CASES.values():
         attend(make(), **options)
+        differentiate(make(), **options)
     write(**options)
     check_unchecked(**options)
 
@@ -236,7 +251,7 @@ class TestOnGpu:
         torch.cuda.synchronize()
         assert_same_bits(actual, expected)
 
-    def test_gradients_take_the_fallback(self):
+    def test_gradients(self):
         case = attention_case("paged", [30, 9], [3, 2], dtype=torch.float32)
         leaves = case.requires_grad().arguments()
         memkernels.paged_attention(**on_cuda(leaves)).sum().backward()

@@ -529,7 +529,7 @@ def compact_check():
             options = {"key_bias": True, "sink_logit": True, "softcap": 3.0}
             case = gather_case([90, 0, 7], [9, 2, 9], kind=kind, unit=unit, **sizes, **options)
             check_attention(native, case)
-            check_gradients(case)
+            check_gradients(native, case)
         sizes = {"heads": (8, 1), "head_dims": (128, 128), "num_listed": 30}
         check_attention(native, gather_case([700, 3], dtype=dtype, **sizes))
 
@@ -545,8 +545,8 @@ def test_every_isa(isa):
 # ---- backward ------------------------------------------------------------------------------------
 
 
-def check_gradients(case, slack=8):
-    actual = gradients(native, case)
+def check_gradients(gather_attention, case, slack=8):
+    actual = gradients(gather_attention, case)
     exact = gradients(fallback.gather_attention, case.to(torch.float64))
     with straightforward():
         baseline = gradients(fallback.gather_attention, case)
@@ -577,14 +577,15 @@ VARIANTS = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS)
 @kinds
-def test_gradients_against_autograd_through_the_fallback(kind, unit, variant, dtype):
+def test_gradients_against_autograd_through_the_fallback(kernels, kind, unit, variant, dtype):
     sizes = {"lengths": [33, 0, 7, 16], "queries": [5, 2, 9, 16], "num_listed": 5}
-    check_gradients(gather_case(kind=kind, unit=unit, dtype=dtype, **sizes | VARIANTS[variant]))
+    case = gather_case(kind=kind, unit=unit, dtype=dtype, **sizes | VARIANTS[variant])
+    check_gradients(kernels.gather_attention, case)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(100))
-def test_gradients_against_autograd_through_the_fallback_at_random(seed):
+def test_gradients_against_autograd_through_the_fallback_at_random(kernels, seed):
     generator = torch.Generator().manual_seed(seed)
 
     def pick(*values):
@@ -612,7 +613,9 @@ def test_gradients_against_autograd_through_the_fallback_at_random(seed):
         causal=pick(True, False),
         softcap=pick(0.0, 3.0),
     )
-    check_gradients(case, slack=16)  # short sequences list one key thirty times
+    check_gradients(
+        kernels.gather_attention, case, slack=16
+    )  # short sequences list one key thirty times
 
 
 @kinds

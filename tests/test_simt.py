@@ -74,6 +74,7 @@ def test_reports_name_block_thread_and_place():
     assert "block (0, 0, 0)" in report and "seed 0" in report and "planted.cpp:" in report
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kernel", ["sum", "pipeline"])
 def test_no_races_in_correct_kernels(kernel):
     cuda_ops.races()
@@ -83,6 +84,7 @@ def test_no_races_in_correct_kernels(kernel):
     assert cuda_ops.races() == (0, "")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("bug", RACES)
 def test_every_race_is_found_in_one_run(bug):
     """Also where the numbers happen to be right."""

@@ -1,8 +1,8 @@
 // The stream of keys that a block of rows sees, and its tiles in shared memory.
 //
-// Tiles of keys and values travel by cp.async, a few ahead of the one worked on; the places of their
-// tokens (page tables, lists) are looked up two tiles earlier still, so that page size and order do
-// not matter.
+// Tiles of keys and values travel by cp.async, a few ahead of the one worked on; the places of
+// their tokens (page tables, lists) are looked up two tiles earlier still, so that page size and
+// order do not matter.
 #pragma once
 
 #include "attention/paged_attention_cuda.h"
@@ -386,10 +386,11 @@ class KeyTiles {
   char* const tiles_;
   Key* const places_;
   const bool zero_keys_;
-  int tile_ = 0, found_ = 0, loaded_ = 0, end_ = 0;  // worked on, looked up, loaded; behind the last
-  int stage_ = 0, slot_ = 0;                         // of the tile worked on
-  Key place_{};                                      // of a tile still to be kept
-  int64_t entry_ = -1;                               // of the tile after it
+  int tile_ = 0, found_ = 0, loaded_ = 0,
+      end_ = 0;               // worked on, looked up, loaded; behind the last
+  int stage_ = 0, slot_ = 0;  // of the tile worked on
+  Key place_{};               // of a tile still to be kept
+  int64_t entry_ = -1;        // of the tile after it
 };
 
 }  // namespace memkernels::attention::cuda

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "attention/entries_kernel.cuh"
 #include "attention/paged_attention_backward_kernel.cuh"
 #include "core/cuda/sort.h"
 
@@ -42,7 +43,8 @@ T* allocate(const Context& ctx, int64_t n) {
   return static_cast<T*>(ctx.allocate(ctx, n * static_cast<int64_t>(sizeof(T))));
 }
 
-void check_fits(const char* op, const BackwardParams& p, int64_t bytes, const SharedMemory& limits) {
+void check_fits(const char* op, const BackwardParams& p, int64_t bytes,
+                const SharedMemory& limits) {
   check(bytes <= limits.of_block, op, "head dims ", p.a.dim, " and ", p.a.dim_v,
         " need more than the ", limits.of_block, " bytes of shared memory of a block on this GPU");
 }
@@ -59,8 +61,8 @@ void find_units(const char* op, BackwardParams& p, const Context& ctx) {
   p.num_units = tokens ? tokens_of_cache : a.num_pages;
   if (a.listed && a.list_head_stride != 0) p.lists = a.num_kv_heads;
   const int64_t columns = a.page_size > 0 ? a.capacity / a.page_size : 0;
-  const int64_t entries = a.listed ? int64_t{a.total_q} * p.lists * a.list_length
-                                   : a.num_sequences * columns;
+  const int64_t entries =
+      a.listed ? int64_t{a.total_q} * p.lists * a.list_length : a.num_sequences * columns;
   const int64_t runs = p.lists * p.num_units;
   check(entries <= kNoLimit && runs <= kNoLimit, op, entries, " entries that name ", runs,
         " pages or tokens exceed what a CUDA launch takes");
@@ -74,8 +76,8 @@ void find_units(const char* op, BackwardParams& p, const Context& ctx) {
     launch(op, ctx, find_entries, ceil_div(entries, 256), 256, 0, p, keys, values);
     sort_by_key(op, keys, values, p.num_entries, bits, ctx);
   }
-  launch(op, ctx, find_runs, ceil_div(entries + 1, 256), 256, 0,
-         static_cast<const uint32_t*>(keys), p.num_entries, run_begin, runs);
+  launch(op, ctx, find_runs, ceil_div(entries + 1, 256), 256, 0, static_cast<const uint32_t*>(keys),
+         p.num_entries, run_begin, runs);
   p.entries = values;
   p.run_begin = run_begin;
 }
@@ -86,8 +88,8 @@ void run_dq(const char* op, const PagedAttentionArgs& args, BackwardParams p,
   AttentionParams& a = p.a;
   const int rows = rows_of_dq(size, dim_class), keys = keys_of_tile(size, dim_class);
   const int64_t pitches = pitch_of(int64_t{a.dim} * size) + pitch_of(int64_t{a.dim_v} * size);
-  const int64_t tile =
-      keys * (pitch_of(int64_t{a.dim} * size) + (a.v_within_k ? 0 : pitch_of(int64_t{a.dim_v} * size)));
+  const int64_t tile = keys * (pitch_of(int64_t{a.dim} * size) +
+                               (a.v_within_k ? 0 : pitch_of(int64_t{a.dim_v} * size)));
   a.stages = 2;
   const int64_t bytes = rows * pitches + a.stages * tile + (a.stages + 1) * (keys + 1) * 16;
   check_fits(op, p, bytes, limits);
@@ -104,7 +106,8 @@ void run_dkv(const char* op, BackwardParams p, const Kernels& kernels, int size,
     return keys * pitches + 2 * rows * pitches + 3 * rows * int64_t{sizeof(SeeingRow)};
   };
   const bool small = p.runs && p.unit <= 16;
-  const int keys = !small && has_64_keys(size, dim_class) && bytes_of(64) <= limits.of_block ? 64 : 16;
+  const int keys =
+      !small && has_64_keys(size, dim_class) && bytes_of(64) <= limits.of_block ? 64 : 16;
   check_fits(op, p, bytes_of(keys), limits);
   const int64_t tokens = p.runs ? p.unit : a.cu_seqlens_k.data ? keys : a.page_size;
   p.parts_of_unit = static_cast<int>(std::max<int64_t>(1, ceil_div(tokens, keys)));

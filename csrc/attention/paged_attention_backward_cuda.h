@@ -5,8 +5,8 @@
 
 namespace memkernels::attention::cuda {
 
-// Of a query and head: its lse in base 2 (inf where it sees no key, so that all weights vanish), and
-// delta = dout . out - dlse.
+// Of a query and head: its lse in base 2 (inf where it sees no key, so that all weights vanish),
+// and delta = dout . out - dlse.
 struct RowGradient {
   float lse, delta;
 };
@@ -18,21 +18,21 @@ struct BackwardParams {
   const void* dout;   // [total_q, Hq, Dv]
   int64_t dout_stride, dout_head_stride;
   bool dout_aligned;
-  const float* dlse;   // [total_q, Hq] or null
-  RowGradient* rows;   // [total_q, Hq], computed first
-  void* dq;            // contiguous, as all gradients; each null if not wanted
-  void *dk, *dv;       // k_cache's and v_cache's shape, zeroed
-  void* dkey_bias;     // of key_bias's dtype, zeroed
-  void* dsink_logit;   // [Hq], of sink_logit's dtype
+  const float* dlse;  // [total_q, Hq] or null
+  RowGradient* rows;  // [total_q, Hq], computed first
+  void* dq;           // contiguous, as all gradients; each null if not wanted
+  void *dk, *dv;      // k_cache's and v_cache's shape, zeroed
+  void* dkey_bias;    // of key_bias's dtype, zeroed
+  void* dsink_logit;  // [Hq], of sink_logit's dtype
 
-  // The gradients of keys are computed by units: a page, a listed token, or, where there are neither
-  // pages nor lists, part of a sequence. `runs`: units have the entries of page tables or lists
-  // that name them, in order; else each belongs to one sequence.
+  // The gradients of keys are computed by units: a page, a listed token, or, where there are
+  // neither pages nor lists, part of a sequence. `runs`: units have the entries of page tables or
+  // lists that name them, in order; else each belongs to one sequence.
   bool runs;
-  int64_t num_units;   // pages, or tokens of the cache
-  int unit;            // tokens of one
-  int parts_of_unit;   // blocks of keys
-  int lists;           // of a query: 1 or Hkv
+  int64_t num_units;  // pages, or tokens of the cache
+  int unit;           // tokens of one
+  int parts_of_unit;  // blocks of keys
+  int lists;          // of a query: 1 or Hkv
   int num_entries;
   const int* entries;    // sorted by list and unit
   const int* run_begin;  // [lists * num_units + 1]: where the entries of each begin

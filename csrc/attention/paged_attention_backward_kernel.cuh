@@ -120,9 +120,9 @@ __global__ void __launch_bounds__(QueryShape<T, kDim>::kThreads, 1)
   }
   load_queries<T, Tiles::kLanes, S::kRows, S::kThreads>(q, p, s, head, p.q, p.q_stride,
                                                         p.q_head_stride, p.dim, p.aligned);
-  load_queries<T, Tiles::kLanes, S::kRows, S::kThreads>(
-      dout, p, s, head, params.dout, params.dout_stride, params.dout_head_stride, p.dim_v,
-      params.dout_aligned);
+  load_queries<T, Tiles::kLanes, S::kRows, S::kThreads>(dout, p, s, head, params.dout,
+                                                        params.dout_stride, params.dout_head_stride,
+                                                        p.dim_v, params.dout_aligned);
   Tiles tiles(p, s, head, tile_memory, places, true);
   tiles.start();
 
@@ -134,8 +134,8 @@ __global__ void __launch_bounds__(QueryShape<T, kDim>::kThreads, 1)
     const int row = s.first_row + warp_row + lane / 4 + 8 * half, query = row / p.group;
     rows[half] = {kInfinity, 0.f};
     if (query < s.num_queries) {
-      rows[half] = params.rows[(s.query + int64_t{query}) * p.num_heads + head * p.group +
-                               row % p.group];
+      rows[half] =
+          params.rows[(s.query + int64_t{query}) * p.num_heads + head * p.group + row % p.group];
     }
   }
   const int first_seen = s.first_position + (s.first_row + warp_row) / p.group;
@@ -163,8 +163,7 @@ __global__ void __launch_bounds__(QueryShape<T, kDim>::kThreads, 1)
         float slope;
         const float logit = finish_logit(p, x.c[0][block][e], key.bias, &slope);
         const float weight = exp2_fast(logit - rows[e / 2].lse);
-        x.c[0][block][e] =
-            seen ? weight * (y.c[0][block][e] - rows[e / 2].delta) * slope : 0.f;
+        x.c[0][block][e] = seen ? weight * (y.c[0][block][e] - rows[e / 2].delta) * slope : 0.f;
       }
     }
     multiply_columns<T>(dq, x, tiles.keys(), 0, warp_column * S::kColumnBlocks, p.dim);
@@ -181,8 +180,8 @@ __global__ void __launch_bounds__(QueryShape<T, kDim>::kThreads, 1)
 
 // ---- dk, dv, dkey_bias
 
-// A query and head that see keys of the block: those before `high` that are not before `low`, or are
-// before `sinks`, counted from the block's first key.
+// A query and head that see keys of the block: those before `high` that are not before `low`, or
+// are before `sinks`, counted from the block's first key.
 struct alignas(16) SeeingRow {
   int query, q_head;  // query -1: none
   int high, low, sinks;
@@ -317,7 +316,8 @@ class RowTiles {
     const int r = row_ + static_cast<int>(threadIdx.x);
     const bool mine = threadIdx.x < S::kRows;
     if (p_.listed) {
-      if (mine && entry_ + r / p_.group < end_) row = listed_row(entry_ + r / p_.group, r % p_.group);
+      if (mine && entry_ + r / p_.group < end_)
+        row = listed_row(entry_ + r / p_.group, r % p_.group);
       row_ += S::kRows;
       return row;
     }
@@ -358,8 +358,14 @@ class RowTiles {
     const int end = p_.causal && position + 1 < length ? position + 1 : length;
     const int64_t low = p_.listed ? 0 : int64_t{position} - window + 1;
     const RowGradient g = params_.rows[int64_t{query} * p_.num_heads + q_head];
-    return {query, q_head, end - base, static_cast<int>(low > 0 ? low - base : -base),
-            p_.sink_tokens - base, g.lse, g.delta, 0};
+    return {query,
+            q_head,
+            end - base,
+            static_cast<int>(low > 0 ? low - base : -base),
+            p_.sink_tokens - base,
+            g.lse,
+            g.delta,
+            0};
   }
 
   __device__ __forceinline__ void keep(int slot, const SeeingRow& row) const {
@@ -531,7 +537,7 @@ __global__ void __launch_bounds__(KeyShape<T, kDim, kKeys>::kThreads, 1)
           const float weight = seen ? exp2_fast(logit - row.lse) : 0.f;
           const float dlogit = seen ? weight * (dweight - row.delta) : 0.f;
           dbias[half] += dlogit;
-          product = dlogit * slope;
+          product = seen ? dlogit * slope : 0.f;  // the slope of a hidden key may be NaN
           dweight = weight;
         }
       }
@@ -567,58 +573,6 @@ __global__ void __launch_bounds__(KeyShape<T, kDim, kKeys>::kThreads, 1)
     } else {
       narrow(sum, static_cast<T*>(params.dkey_bias)[to]);
     }
-  }
-}
-
-// ---- which entries name a unit
-
-// The sort key of every entry of the page table, or of the lists; entries that name nothing that
-// exists come last.
-inline __global__ void __launch_bounds__(256)
-    find_entries(const BackwardParams params, uint32_t* keys, int* entries) {
-  const AttentionParams& p = params.a;
-  const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
-  if (i >= params.num_entries) return;
-  int64_t b, list = 0, token;  // of the sequence
-  if (p.listed) {
-    const int64_t query = i / p.list_length / params.lists;
-    list = i / p.list_length % params.lists;
-    const int64_t index =
-        integer_at(p.indices, query * p.list_query_stride + list * p.list_head_stride +
-                                  i % p.list_length * p.indices.stride);
-    b = query;
-    if (p.cu_seqlens_q.data) {
-      b = last_at_most(p.num_sequences, query, [&](int64_t j) { return first_query(p, j); });
-    }
-    token = index < 0 || index > kNoLimit ? -1 : index * p.unit;
-  } else {
-    const int64_t columns = params.num_entries / p.num_sequences;
-    b = i / columns;
-    token = i % columns * p.page_size;
-  }
-  int64_t key = params.lists * params.num_units;
-  if (token >= 0 && token < extent_of(p, b).length) {
-    int64_t page = b;
-    if (p.page_table.data) {
-      page = integer_at(p.page_table,
-                        b * p.table_row_stride + token / p.page_size * p.page_table.stride);
-    }
-    if (page >= 0 && page < p.num_pages) {
-      key = list * params.num_units + (page * p.page_size + token % p.page_size) / params.unit;
-    }
-  }
-  keys[i] = static_cast<uint32_t>(key);
-  entries[i] = static_cast<int>(i);
-}
-
-// Where the entries of each unit begin, among n sorted ones.
-inline __global__ void __launch_bounds__(256)
-    find_runs(const uint32_t* keys, int n, int* run_begin, int64_t num_runs) {
-  const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
-  if (i > n) return;
-  const int64_t before = i == 0 ? -1 : int64_t{keys[i - 1]}, here = i == n ? num_runs : keys[i];
-  for (int64_t run = before + 1; run <= here && run <= num_runs; ++run) {
-    run_begin[run] = static_cast<int>(i);
   }
 }
 

@@ -158,7 +158,8 @@ SharedPlan plan_shared(const AttentionParams& p, int item_size, int rows,
   SharedPlan plan;
   bool two_fit = false;  // blocks a multiprocessor: worth more than a deeper pipeline
   for (int stages = 2; stages <= 4; ++stages) {
-    const int64_t bytes = fixed + stages * keys * (k_pitch + v_pitch) + (stages + 1) * (keys + 1) * 16;
+    const int64_t bytes =
+        fixed + stages * keys * (k_pitch + v_pitch) + (stages + 1) * (keys + 1) * 16;
     const bool two = 2 * (bytes + kReserved) <= limits.of_multiprocessor;
     if (bytes > limits.of_block || (two_fit && !two)) break;
     two_fit = two;
@@ -177,7 +178,8 @@ void paged_attention(const char* op, const PagedAttentionArgs& a, const Shapes& 
 
   // Blocks of as few rows as hold a sequence's, on average, without reading keys twice.
   const SharedMemory limits = shared_memory_of(op, ctx.device);
-  const int64_t mean_rows = single_queries(a) ? p.group : ceil_div(shapes.total_q, shapes.batch) * p.group;
+  const int64_t mean_rows =
+      single_queries(a) ? p.group : ceil_div(shapes.total_q, shapes.batch) * p.group;
   int rows = mean_rows <= 16 ? 16 : mean_rows > 64 && has_large_blocks(size, dim_class) ? 128 : 64;
   SharedPlan shared = plan_shared(p, size, rows, limits);
   if (shared.stages == 0) {

@@ -1,7 +1,7 @@
 // Tiles in shared memory, and their products on tensor cores.
 //
-// Fragments are those of mma.sync m16n8: of sums [16][8], a thread has c[0], c[1] in row lane / 4 at
-// columns 2 (lane % 4) and one further, c[2], c[3] eight rows below.
+// Fragments are those of mma.sync m16n8: of sums [16][8], a thread has c[0], c[1] in row lane / 4
+// at columns 2 (lane % 4) and one further, c[2], c[3] eight rows below.
 #pragma once
 
 #include "core/cuda/device.cuh"
@@ -178,8 +178,7 @@ __device__ __forceinline__ void load_two_blocks(float, uint32_t (&b)[2][2], cons
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      b[i][k] =
-          *tile.element<uint32_t>(row + lane % 4 * 2 + k, 8 * (block + i) + lane / 4);
+      b[i][k] = *tile.element<uint32_t>(row + lane % 4 * 2 + k, 8 * (block + i) + lane / 4);
     }
   }
 }
