@@ -53,11 +53,11 @@ def build(source: Path, name: str, *options: str) -> Path:
 
 def library(check: str = "") -> ctypes.CDLL:
     """The runner, with a detector ("race" or "address") if wanted, its ops loaded."""
-    return _library(check)
+    return load(check)
 
 
 @functools.cache
-def _library(check: str) -> ctypes.CDLL:
+def load(check: str) -> ctypes.CDLL:
     core = Path(_C.__file__).parent / "libmemkernels.so"
     folder = build(
         *(SIMT, f"memkernels-simt-{check or 'plain'}"),
