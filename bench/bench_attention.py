@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -140,13 +141,29 @@ def chosen_pages(
     )
 
 
-def causal(dtype: torch.dtype, length: int, heads: int, *, backward: bool) -> Case:
-    """Causal self-attention of one packed sequence, with gradients or without."""
-    packed = {name: torch.tensor([0, length]) for name in ("cu_seqlens_q", "cu_seqlens_k")}
-    qkv = [torch.randn(length, heads, HEAD_DIM).to(dtype) for _ in range(3)]
-    head_major = [x.transpose(0, 1)[None].contiguous() for x in qkv]
-    dout = torch.randn(length, heads, HEAD_DIM).to(dtype)
-    head_major_dout = dout.transpose(0, 1)[None].contiguous()
+def causal(
+    dtype: torch.dtype,
+    length: int,
+    heads: int,
+    *,
+    backward: bool,
+    kv_heads: int | None = None,
+    batch: int = 1,
+    against: dict[str, Callable] = peers.CAUSAL,
+) -> Case:
+    """Causal self-attention of packed sequences, with gradients or without."""
+    offsets = torch.arange(batch + 1) * length
+    packed = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), offsets)
+
+    def random(count: int) -> Tensor:
+        return torch.randn(batch * length, count, HEAD_DIM).to(dtype)
+
+    def head_major(x: Tensor) -> Tensor:
+        return x.unflatten(0, (batch, length)).transpose(1, 2).contiguous()
+
+    qkv = [random(heads), *(random(kv_heads or heads) for _ in range(2))]
+    dout = random(heads)
+    theirs = [head_major(x) for x in (*qkv, dout)]
 
     def run(attend, inputs, dout):
         if not backward:
@@ -157,16 +174,19 @@ def causal(dtype: torch.dtype, length: int, heads: int, *, backward: bool) -> Ca
     def ours(*qkv):
         return memkernels.paged_attention(*qkv, **packed)
 
-    def theirs():
-        return [x[0].transpose(0, 1) for x in run(peers.sdpa_causal, head_major, head_major_dout)]
+    def peer(attend):
+        results = run(attend, theirs[:3], theirs[3])
+        return lambda: [x.transpose(1, 2).flatten(0, 1) for x in results]
 
+    sizes = f"{batch} x {length}" if batch > 1 else f"{length}"
+    flops = 2 * batch * heads * HEAD_DIM * length**2
     return Case(
-        f"{'forward + backward' if backward else 'prefill'} {short(dtype)} {length} causal, "
-        f"heads {heads}",
+        f"{'forward + backward' if backward else 'prefill'} {short(dtype)} {sizes} causal, "
+        f"heads {heads}" + (f"/{kv_heads}" if kv_heads else ""),
         lambda: run(ours, qkv, dout),
         # 4 L D flops a query, half of them hidden; the backward is two and a half forwards.
-        {f"flops {short(dtype)}": 2 * heads * HEAD_DIM * length**2 * (3.5 if backward else 1)},
-        {"torch SDPA": theirs},
+        {f"flops {short(dtype)}": flops * (3.5 if backward else 1)},
+        {name: functools.partial(peer, attend) for name, attend in against.items()},
     )
 
 
@@ -338,6 +358,9 @@ def gpu_cases() -> Iterator[Case]:
         yield decode_mla(64, 8192, heads=heads, against=peers.GPU)
     for per_head in (False, True):
         yield chosen_pages(per_head=per_head, batch=32)
+    for backward, dtype in itertools.product((False, True), (BF16, F32)):
+        size = {"kv_heads": 8, "batch": 8, "against": peers.CAUSAL_GPU}
+        yield causal(dtype, 4096, 32, backward=backward, **size)
     yield append(1 << 20)
     yield copy(1 << 16)
     for per_head in (False, True):

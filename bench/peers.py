@@ -6,6 +6,7 @@ An adapter prepares a peer for given inputs and returns it as {name: function}, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from case import left_out
@@ -288,9 +290,19 @@ def _try(directory: str, library: str, name: str) -> None:
 # ---- other ops -----------------------------------------------------------------------------------
 
 
-def sdpa_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's causal self-attention on [1, H, L, D]."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+def sdpa_causal(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None = None) -> Tensor:
+    """torch's causal self-attention on [B, H, L, D], by one of its kernels if asked for."""
+    with sdpa_kernel(backend) if backend else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+
+CAUSAL = {"torch SDPA": sdpa_causal}
+CAUSAL_GPU = {
+    "torch cuDNN": functools.partial(sdpa_causal, backend=SDPBackend.CUDNN_ATTENTION),
+    "torch FlashAttention-2": functools.partial(sdpa_causal, backend=SDPBackend.FLASH_ATTENTION),
+}
 
 
 def sdpa_chosen(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, page_table: Tensor) -> Tensor:
