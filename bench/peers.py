@@ -300,6 +300,7 @@ def sdpa_causal(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None = No
 
 CAUSAL = {"torch SDPA": sdpa_causal}
 CAUSAL_GPU = {
+    "torch SDPA": sdpa_causal,
     "torch cuDNN": functools.partial(sdpa_causal, backend=SDPBackend.CUDNN_ATTENTION),
     "torch FlashAttention-2": functools.partial(sdpa_causal, backend=SDPBackend.FLASH_ATTENTION),
 }

@@ -15,9 +15,11 @@ SHOWN = 2  # the fastest peers of a case; the record has them all
 
 def table(record: dict) -> str:
     about, limits = record["machine"], record["limits"]
+    device = f"{about['cpu']}, {about['threads']} threads, {about['isa']} kernels"
+    if "gpu" in about:
+        device = f"{about['gpu']}, driver {about['driver']}, CUDA {about['cuda']}"
     lines = [
-        f"{about['cpu']}, {about['threads']} threads, {about['isa']} kernels, "
-        f"torch {about['torch']}, {about['date']}; limits: "
+        f"{device}, torch {about['torch']}, {about['date']}; limits: "
         + ", ".join(f"{name} {value / 1e9:.0f} {unit(name)}" for name, value in limits.items())
         + ".",
         "",

@@ -1,4 +1,4 @@
-"""Random inputs of the ops, shared by tests and benchmarks.
+"""Random inputs of the ops.
 
 What must not be read is poisoned: NaN in unused slots, nonsense in unused page table entries.
 """

@@ -116,27 +116,45 @@ def on_host(op: str, *args, check_indices: bool = True, check: str = "", **kwarg
         return getattr(memkernels, op)(*args, **kwargs)
 
 
+class Moved(torch.autograd.Function):
+    """A leaf on the CPU as it was moved to the device, with its strides and aliases."""
+
+    @staticmethod
+    def forward(ctx, value, move):
+        return move()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.cpu(), None
+
+
 def on_device(op: str, *args, check_indices: bool = True, **kwargs):
     """The public function on copies of the tensors, whose changes come back."""
-    storages = {}
+    storages, versions = {}, []
 
     def move(value):
         if not isinstance(value, Tensor):
             return value
         if value.requires_grad:
-            return value.cuda()
+            return Moved.apply(value, lambda: move(value.detach()))
         storage = value.untyped_storage()
         there = storages.get(storage.data_ptr())
         if there is None:
             there = storages[storage.data_ptr()] = (storage, storage.cuda())
         layout = value.storage_offset(), value.shape, value.stride()
-        return torch.empty(0, dtype=value.dtype, device="cuda").set_(there[1], *layout)
+        moved = torch.empty(0, dtype=value.dtype, device="cuda").set_(there[1], *layout)
+        versions.append((value, moved, moved._version))
+        return moved
 
     args, kwargs = torch.utils._pytree.tree_map(move, (args, kwargs))
-    with mock.patch.dict(os.environ, {"MEMKERNELS_CHECK": str(int(check_indices))}):
-        results = getattr(memkernels, op)(*args, **kwargs)
-    for here, there in storages.values():
-        here.copy_(there)
+    try:
+        with mock.patch.dict(os.environ, {"MEMKERNELS_CHECK": str(int(check_indices))}):
+            results = getattr(memkernels, op)(*args, **kwargs)
+    finally:
+        for here, there in storages.values():
+            here.copy_(there)
+        changed = [value for value, moved, version in versions if moved._version > version]
+        torch.autograd.graph.increment_version(changed)
     return torch.utils._pytree.tree_map_only(Tensor, Tensor.cpu, results)
 
 

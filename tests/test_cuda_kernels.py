@@ -149,12 +149,6 @@ def check_unchecked(**options):
     for nonsense, clean in damaged():
         for compute in attend, differentiate:
             assert_same_bits(compute(nonsense, **options), compute(clean, **options))
-    # Nonsense offsets of queries give any numbers, but touch only what is given.
-    case = attention_case("paged", [90, 40, 33], [3, 1, 9], dtype=torch.bfloat16)
-    for offsets in [5, 3, 20, 11], [-9, 0, 2, 10**6], [0, 13, 13, 2]:
-        broken = case.replace(cu_seqlens_q=torch.tensor(offsets, dtype=torch.int32))
-        differentiate(broken, **options)
-        attend(broken, **options, max_seqlen=20)
     cache = torch.zeros(3, 4, 1, 8)
     new = torch.ones(4, 1, 8)
     run = functools.partial(options.pop("run"), **options)
@@ -168,8 +162,23 @@ def check_unchecked(**options):
     assert cache[1, 0].all() and cache.sum() == 24
 
 
+def check_nonsense_offsets(**options):
+    """Offsets of queries that are nonsense give any numbers, but touch only what is given."""
+    small = attention_case("paged", [90, 40, 33], [3, 1, 9], dtype=torch.bfloat16)
+    split = attention_case("paged", [600] * 3, [5, 6, 5], heads=(16, 1), dtype=torch.bfloat16)
+    cases = [
+        *((small, offsets) for offsets in ([5, 3, 20, 11], [-9, 0, 2, 10**6], [0, 13, 13, 2])),
+        *((split, offsets) for offsets in ([0, 16, 0, 16], [16, 0, 16, 0], [0, 9, 2, 16])),
+    ]
+    for case, offsets in cases:
+        broken = case.replace(cu_seqlens_q=torch.tensor(offsets, dtype=torch.int32))
+        differentiate(broken, check_indices=False, **options)
+        attend(broken, check_indices=False, **options, max_seqlen=20)
+
+
 def test_indices_out_of_range_are_skipped():
     check_unchecked()
+    check_nonsense_offsets()
 
 
 def every_kernel(**options):
@@ -180,6 +189,8 @@ def every_kernel(**options):
         differentiate(make(), **options)
     write(**options)
     check_unchecked(**options)
+    if "check" not in options:
+        check_merge_backward(torch.ops.memkernels.merge_states_backward, torch.half, "cuda")
 
 
 @pytest.mark.full
@@ -187,7 +198,8 @@ def test_no_stray_accesses():
     from test_simt import run_with_address_sanitizer
 
     done = run_with_address_sanitizer(
-        "import test_cuda_kernels as t; t.every_kernel(check='address')"
+        "import test_cuda_kernels as t; o = {'check': 'address'}; "
+        "t.every_kernel(**o); t.check_nonsense_offsets(**o)"
     )
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -203,20 +215,26 @@ def test_unsupported_dtype_lists_the_supported_ones():
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_merge_states_backward(dtype):
+def check_merge_backward(backward, dtype, device="cpu"):
     generator = torch.Generator().manual_seed(0)
     outs = torch.randn(3, 11, 2, 40, generator=generator).to(dtype)
     lses = 3 * torch.randn(3, 11, 2, generator=generator)
     lses[0, :4], lses[:, 7] = -torch.inf, -torch.inf
     out, lse = memkernels.merge_states(outs, lses)
     dout, dlse = torch.randn(11, 2, 40, generator=generator).to(dtype), torch.randn(11, 2)
-    cuda_ops.library()
     for gradient in dlse, None:
         arguments = dout, gradient, out, lse, outs, lses
         expected = torch.ops.memkernels.merge_states_backward(*arguments)
-        actual = torch.ops.memkernels_simt.merge_states_backward(*arguments)
-        torch.testing.assert_close(actual, expected)
+        actual = backward(*(None if t is None else t.to(device) for t in arguments))
+        torch.testing.assert_close([t.cpu() for t in actual], list(expected))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merge_states_backward(dtype):
+    cuda_ops.library()
+    check_merge_backward(torch.ops.memkernels_simt.merge_states_backward, dtype)
+    if cuda_ops.on_gpu():
+        check_merge_backward(torch.ops.memkernels.merge_states_backward, dtype, "cuda")
 
 
 def on_cuda(arguments):
@@ -240,7 +258,7 @@ class TestOnGpu:
         graph.replay()
         assert_same_bits([x.cpu() for x in results], list(expected))
 
-    def test_current_stream_and_device(self):
+    def test_current_stream(self):
         case = decode()
         tensors = on_cuda(case.arguments())
         expected = memkernels.paged_attention(**tensors)

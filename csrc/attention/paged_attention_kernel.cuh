@@ -295,7 +295,9 @@ __global__ void __launch_bounds__(128) merge_splits(const AttentionParams p, int
   const int query = static_cast<int>(owner % p.partial_queries), first = first_query(p, b);
   const int queries = p.cu_seqlens_q.data ? first_query(p, b + 1) - first : 1;
   if (query >= queries || queries > p.partial_queries) return;
-  const int n = p.num_splits[owner * p.num_kv_heads + head / p.group];
+  // Nobody has written it where offsets of queries are nonsense.
+  const int splits = p.num_splits[owner * p.num_kv_heads + head / p.group];
+  const int n = static_cast<int>(clamp(splits, 0, p.splits));
   const PartialState* const states = p.partial_states + row * p.splits;
   const float* const outs = p.partial_out + row * p.splits * p.dim_v;
 

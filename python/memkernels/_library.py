@@ -52,9 +52,20 @@ if _BACKEND not in ("native", "torch"):
     raise ImportError(f"MEMKERNELS_BACKEND must be native or torch, got {_BACKEND!r}")
 
 
+# (op, device type) of every native kernel of this build. A set, since the compiler must see
+# through the choice of the fallback.
+_KERNELS = frozenset(
+    (name.removeprefix("memkernels::"), device)
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("memkernels::")
+    for device in ("cpu", "cuda")
+    if torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper())
+)
+
+
 def has_kernel(op: str, device: str) -> bool:
     """Whether this build has a kernel of its own, for a device type such as "cuda"."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"memkernels::{op}", device.upper())
+    return (op, device) in _KERNELS
 
 
 def use_fallback(t: Tensor, op: str, *differentiable: Tensor | None) -> bool:

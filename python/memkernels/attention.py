@@ -53,10 +53,10 @@ def paged_attention(
     ``p - j < window or j < sink_tokens`` (when there is a window). Its logit is
     ``s = scale * q.k``, capped to ``softcap * tanh(s / softcap)``, plus ``key_bias``.
 
-    Sequences whose rows of the page table begin with the same pages, and which have equally many
-    queries and no windows, read these pages once for all of them (ChunkAttention, Ye et al., 2024)
-    as far as they fill whole splits: 256 tokens, or the next power of two that cuts the sequence
-    into at most 32. No bit of a result depends on that.
+    On the CPU, sequences whose rows of the page table begin with the same pages, and which have
+    equally many queries and no windows, read these pages once for all of them (ChunkAttention, Ye
+    et al., 2024) as far as they fill whole splits: 256 tokens, or the next power of two that cuts
+    the sequence into at most 32. No bit of a result depends on that.
 
     Args:
         q: ``[total_q, Hq, D]``; float32, bfloat16, float16, or float64 on the CPU.

@@ -45,6 +45,9 @@ inline uint32_t pack(bf16, float first, float second) {
 inline uint32_t pack(f16, float first, float second) {
   return simt::round_f16(first) | simt::round_f16(second) << 16;
 }
-inline uint32_t round_tf32(float x) { return (float_to_bits(x) + 0x1000u) & ~0x1fffu; }
+inline uint32_t round_tf32(float x) {
+  if (x != x) return 0x7fffffff;
+  return (float_to_bits(x) + 0x1000u) & ~0x1fffu;
+}
 
 }  // namespace memkernels::cuda
