@@ -48,12 +48,18 @@ inline __global__ void __launch_bounds__(256)
 // Where the entries of each unit begin, among n sorted ones.
 inline __global__ void __launch_bounds__(256)
     find_runs(const uint32_t* keys, int n, int* run_begin, int64_t num_runs) {
-  const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
-  if (i > n) return;
-  const int64_t before = i == 0 ? -1 : int64_t{keys[i - 1]}, here = i == n ? num_runs : keys[i];
-  for (int64_t run = before + 1; run <= here && run <= num_runs; ++run) {
-    run_begin[run] = static_cast<int>(i);
+  const int64_t run = int64_t{blockIdx.x} * 256 + threadIdx.x;
+  if (run > num_runs) return;
+  int begin = 0, past = n;
+  while (begin < past) {
+    const int middle = begin + (past - begin) / 2;
+    if (keys[middle] < run) {
+      begin = middle + 1;
+    } else {
+      past = middle;
+    }
   }
+  run_begin[run] = begin;
 }
 
 }  // namespace memkernels::attention::cuda

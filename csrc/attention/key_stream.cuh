@@ -26,6 +26,12 @@ __device__ __forceinline__ float companion_at(const void* data, bool is_float, i
                   : widen(static_cast<const T*>(data)[offset]);
 }
 
+// A bias in units of log2; finite ones stay finite, since -inf hides a key.
+__device__ __forceinline__ float to_base_2(float bias) {
+  const float x = bias * kLog2e;
+  return x == -kInfinity && bias != -kInfinity ? -kGreatest : x;
+}
+
 // Where a key lies, and what is added to its logits; hidden keys have position -1.
 struct alignas(16) Key {
   int outer, token;
@@ -45,14 +51,14 @@ struct Stream {
   int visible;              // tokens that any row of the block sees
   int sinks, window_begin;  // tokens between them no row sees
   int window;
-  int begin, end;  // of the split
   bool may_split;
-  int num_splits;
+  int num_splits, split_length, stream_end;
+  int begin, end;  // of the split
 };
 
 __device__ __forceinline__ int split_length(int keys) {
   int length = 256;
-  while (length * 32 < keys) length *= 2;
+  while (int64_t{length} * kMaxSplits < keys) length *= 2;
   return length;
 }
 
@@ -160,7 +166,7 @@ __device__ __forceinline__ bool find_stream(const AttentionParams& p, int64_t sl
   }
 
   s.row = b;
-  s.partial = b * p.partial_queries + skipped;
+  s.partial = p.partial_by_query ? s.query : b * p.partial_queries + skipped;
   const Extent extent = extent_of(p, b);
   s.first_token = extent.first_token;
   const int length = extent.length;
@@ -187,10 +193,15 @@ __device__ __forceinline__ bool find_stream(const AttentionParams& p, int64_t sl
   if (s.may_split && split == 0 && tid <= last_row / group && owner < s.num_queries) {
     p.num_splits[(s.partial + owner) * p.num_kv_heads + head] = s.num_splits;
   }
-  if (split >= s.num_splits) return false;
-  s.begin = split * step;
-  s.end = s.begin + step < end ? s.begin + step : end;
-  return true;
+  s.split_length = step;
+  s.stream_end = end;
+  return split < s.num_splits;
+}
+
+// The keys of one of the stream's splits.
+__device__ __forceinline__ void enter_split(Stream& s, int split) {
+  s.begin = split * s.split_length;
+  s.end = s.begin + s.split_length < s.stream_end ? s.begin + s.split_length : s.stream_end;
 }
 
 // Whether a row at a position sees a key; hidden keys have position -1.
@@ -233,8 +244,9 @@ __device__ __forceinline__ Key find_key(const AttentionParams& p, const Stream& 
   if (p.key_bias.data) {
     const int64_t offset = key.outer * p.key_bias.outer_stride +
                            key.token * p.key_bias.token_stride + head * p.key_bias.head_stride;
-    key.bias = companion_at<T>(p.key_bias.data, p.bias_is_float, offset) * kLog2e;
-    if (key.bias == -kInfinity) return key;
+    const float bias = companion_at<T>(p.key_bias.data, p.bias_is_float, offset);
+    if (bias == -kInfinity) return key;
+    key.bias = to_base_2(bias);
   }
   key.position = position;
   return key;
@@ -294,10 +306,10 @@ class KeyTiles {
   // Sends for a later tile, into the stage of the one before, which nobody reads any more.
   __device__ __forceinline__ void advance() {
     keep(before(slot_, p_.stages + 1), place_);
+    load(before(stage_, p_.stages), before(before(slot_, p_.stages + 1), p_.stages + 1));
     place_ = look_up(entry_);
     found_ = next(found_);
     entry_ = list_entry_at(found_);
-    load(before(stage_, p_.stages), before(before(slot_, p_.stages + 1), p_.stages + 1));
   }
 
   __device__ __forceinline__ void finish() {

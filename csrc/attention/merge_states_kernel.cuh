@@ -69,12 +69,24 @@ __global__ void __launch_bounds__(32 * kMergeRows, 1) merge(const MergeParams p)
   if (lane == 0)
     p.lse[index] = weights.total == 0 ? -kInfinity : weights.most + logf(weights.total);
   T* const out = static_cast<T*>(p.out) + index * p.dim;
-  for (int d = lane; d < p.dim; d += 32) {
-    float sum = 0.f;
+  constexpr int kColumns = 8;  // of a lane at a time, so that a weight serves many elements
+  for (int first = 0; first < p.dim; first += 32 * kColumns) {
+    float sums[kColumns] = {};
     for (int n = 0; n < p.parts; ++n) {
-      if (row.lse(n) != -kInfinity) sum += weights.of(row.lse(n)) * widen(row.part(n)[d]);
+      if (row.lse(n) == -kInfinity) continue;
+      const float weight = weights.of(row.lse(n));
+      const T* const part = row.part(n);
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        const int d = first + 32 * i + lane;
+        if (d < p.dim) sums[i] += weight * widen(part[d]);
+      }
     }
-    narrow(sum, out[d]);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const int d = first + 32 * i + lane;
+      if (d < p.dim) narrow(sums[i], out[d]);
+    }
   }
 }
 

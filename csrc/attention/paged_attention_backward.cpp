@@ -91,6 +91,7 @@ void check_results(const char* op, const PagedAttentionArgs& args, const PagedAt
     check_dtype(op, arg, *t, dtype);
     check_rows_contiguous(op, arg, *t);
   }
+  if (args.out.device.type == DeviceType::cuda) check_contiguous(op, "out", args.out);
   for (const auto& [arg, t] : {std::pair{"dlse", &grads.dlse}, {"lse", &args.lse}}) {
     if (!given(*t)) continue;
     check_shape(op, arg, *t, "[total_q, Hq]", {shapes.total_q, shapes.heads});

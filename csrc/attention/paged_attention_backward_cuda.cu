@@ -43,8 +43,7 @@ T* allocate(const Context& ctx, int64_t n) {
   return static_cast<T*>(ctx.allocate(ctx, n * static_cast<int64_t>(sizeof(T))));
 }
 
-void check_fits(const char* op, const BackwardParams& p, int64_t bytes,
-                const SharedMemory& limits) {
+void check_fits(const char* op, const BackwardParams& p, int64_t bytes, const Limits& limits) {
   check(bytes <= limits.of_block, op, "head dims ", p.a.dim, " and ", p.a.dim_v,
         " need more than the ", limits.of_block, " bytes of shared memory of a block on this GPU");
 }
@@ -76,14 +75,14 @@ void find_units(const char* op, BackwardParams& p, const Context& ctx) {
     launch(op, ctx, find_entries, ceil_div(entries, 256), 256, 0, p, keys, values);
     sort_by_key(op, keys, values, p.num_entries, bits, ctx);
   }
-  launch(op, ctx, find_runs, ceil_div(entries + 1, 256), 256, 0, static_cast<const uint32_t*>(keys),
+  launch(op, ctx, find_runs, ceil_div(runs + 1, 256), 256, 0, static_cast<const uint32_t*>(keys),
          p.num_entries, run_begin, runs);
   p.entries = values;
   p.run_begin = run_begin;
 }
 
 void run_dq(const char* op, const PagedAttentionArgs& args, BackwardParams p,
-            const Kernels& kernels, int size, int dim_class, const SharedMemory& limits,
+            const Kernels& kernels, int size, int dim_class, const Limits& limits,
             const Context& ctx) {
   AttentionParams& a = p.a;
   const int rows = rows_of_dq(size, dim_class), keys = keys_of_tile(size, dim_class);
@@ -97,7 +96,7 @@ void run_dq(const char* op, const PagedAttentionArgs& args, BackwardParams p,
 }
 
 void run_dkv(const char* op, BackwardParams p, const Kernels& kernels, int size, int dim_class,
-             const SharedMemory& limits, const Context& ctx) {
+             const Limits& limits, const Context& ctx) {
   const AttentionParams& a = p.a;
   find_units(op, p, ctx);
   const int64_t pitches = pitch_of(int64_t{a.dim} * size) + pitch_of(int64_t{a.dim_v} * size);
@@ -122,7 +121,7 @@ template <class T>
 void run(const char* op, const PagedAttentionArgs& args, BackwardParams& p, const Context& ctx) {
   const int dim_class = class_of(std::max(p.a.dim, p.a.dim_v));
   const Kernels kernels = kernels_for<T>(dim_class);
-  const SharedMemory limits = shared_memory_of(op, ctx.device);
+  const Limits limits = limits_of(op, ctx.device);
   p.rows = allocate<RowGradient>(ctx, int64_t{p.a.total_q} * p.a.num_heads);
   launch_rows<T>(op, p, ctx);
   if (p.dq) run_dq(op, args, p, kernels, sizeof(T), dim_class, limits, ctx);

@@ -46,7 +46,7 @@ constexpr int rows_of_dq(int item_size, int dim) { return item_size * dim <= 512
 // Rows that a block of `keys` keys takes at a time.
 constexpr int rows_of_dkv(int item_size, int dim, int keys) {
   const int row = item_size * dim;
-  return keys == 64 ? 32 : row <= 256 ? 64 : row <= 1152 ? 32 : 16;
+  return keys == 64 ? 32 : row <= 256 ? 64 : row <= 512 ? 32 : 16;
 }
 constexpr bool has_64_keys(int item_size, int dim) { return item_size * dim <= 512; }
 

@@ -34,6 +34,12 @@ __global__ void __launch_bounds__(32 * kRowsOfBlock, 1) find_deltas(const Backwa
   for (int d = lane; d < p.a.dim_v; d += 32) delta += widen(out[d]) * widen(dout[d]);
   for (int lanes = 16; lanes > 0; lanes /= 2) delta += __shfl_xor_sync(kWholeWarp, delta, lanes);
   if (lane > 0) return;
+  const int64_t query = row / p.a.num_heads;
+  if (p.a.cu_seqlens_q.data &&
+      (query < first_query(p.a, 0) || query >= first_query(p.a, p.a.num_sequences))) {
+    p.rows[row] = {kInfinity, 0.f};  // of no sequence
+    return;
+  }
   if (p.dlse) delta -= p.dlse[row];
   const float lse = p.lse[row] * kLog2e;
   p.rows[row] = {lse == -kInfinity ? kInfinity : lse, delta};
@@ -112,6 +118,7 @@ __global__ void __launch_bounds__(QueryShape<T, kDim>::kThreads, 1)
                                           reinterpret_cast<int*>(places), s)) {
     return;
   }
+  enter_split(s, 0);
   const int steps = (p.dim * static_cast<int>(sizeof(T)) + 31) / 32;
   const int v_steps = (p.dim_v * static_cast<int>(sizeof(T)) + 31) / 32;
   if (p.dim * sizeof(T) % 32 != 0 || p.dim_v * sizeof(T) % 32 != 0) {
@@ -276,7 +283,7 @@ __global__ void __launch_bounds__(KeyShape<T, kDim, kKeys>::kThreads, 1)
     if (key >= count) continue;
     const int64_t offset = outer * p.key_bias.outer_stride +
                            (token + key) * p.key_bias.token_stride + head * p.key_bias.head_stride;
-    bias[half] = companion_at<T>(p.key_bias.data, p.bias_is_float, offset) * kLog2e;
+    bias[half] = to_base_2(companion_at<T>(p.key_bias.data, p.bias_is_float, offset));
   }
 
   Sums<1, S::kColumnBlocks> dk, dv;

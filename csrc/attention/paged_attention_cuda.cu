@@ -133,7 +133,7 @@ AttentionParams params_of(const char* op, const PagedAttentionArgs& a, const Sha
   p.causal = a.causal;
   p.window = a.window < 0 ? kNoLimit : static_cast<int>(std::min<int64_t>(a.window, kNoLimit));
   p.sink_tokens = static_cast<int>(std::min<int64_t>(a.sink_tokens, kNoLimit));
-  p.splits = p.partial_queries = 1;
+  p.splits = p.split_blocks = p.partial_queries = 1;
   p.out = a.out.data;
   p.lse = static_cast<float*>(a.lse.data);
   return p;
@@ -146,8 +146,7 @@ int64_t plan_rows(AttentionParams& p, const PagedAttentionArgs& a, int rows) {
                 : int64_t{p.total_q} * p.group / rows + p.num_sequences;
 }
 
-SharedPlan plan_shared(const AttentionParams& p, int item_size, int rows,
-                       const SharedMemory& limits) {
+SharedPlan plan_shared(const AttentionParams& p, int item_size, int rows, const Limits& limits) {
   const int dim_class = class_of(std::max(p.dim, p.dim_v));
   const int keys = keys_of_tile(item_size, dim_class);
   const int64_t k_pitch = pitch_of(int64_t{p.dim} * item_size);
@@ -177,7 +176,7 @@ void paged_attention(const char* op, const PagedAttentionArgs& a, const Shapes& 
   const DeviceGuard guard(op, ctx.device);
 
   // Blocks of as few rows as hold a sequence's, on average, without reading keys twice.
-  const SharedMemory limits = shared_memory_of(op, ctx.device);
+  const Limits limits = limits_of(op, ctx.device);
   const int64_t mean_rows =
       single_queries(a) ? p.group : ceil_div(shapes.total_q, shapes.batch) * p.group;
   int rows = mean_rows <= 16 ? 16 : mean_rows > 64 && has_large_blocks(size, dim_class) ? 128 : 64;
@@ -195,17 +194,28 @@ void paged_attention(const char* op, const PagedAttentionArgs& a, const Shapes& 
                            ? std::min<int64_t>(int64_t{p.list_length} * p.unit, kNoLimit)
                            : p.max_length;
   p.partial_queries = given(a.cu_seqlens_q) ? std::min(p.total_q, kMaxSplitQueries) : 1;
-  p.splits = static_cast<int>(std::clamp<int64_t>(ceil_div(keys, 256), 1, kMaxSplits));
+  // Packed keys have as many queries, as a rule, so that they are never split.
+  p.splits =
+      shapes.packed ? 1 : static_cast<int>(std::clamp<int64_t>(ceil_div(keys, 256), 1, kMaxSplits));
   if (p.splits > 1) {
-    const int64_t queries = shapes.batch * p.partial_queries;
-    const int64_t partials = queries * shapes.heads * p.splits;
+    const int64_t of_sequences = shapes.batch * p.partial_queries;
+    p.partial_by_query = shapes.total_q <= of_sequences;
+    p.num_partials = static_cast<int>(std::min(shapes.total_q, of_sequences));
+    const int64_t partials = int64_t{p.num_partials} * shapes.heads * p.splits;
     p.partial_out = static_cast<float*>(ctx.allocate(ctx, partials * shapes.dim_v * 4));
     p.partial_states =
         static_cast<PartialState*>(ctx.allocate(ctx, partials * sizeof(PartialState)));
-    p.num_splits = static_cast<int*>(ctx.allocate(ctx, queries * shapes.kv_heads * 4));
+    p.num_splits =
+        static_cast<int*>(ctx.allocate(ctx, int64_t{p.num_partials} * shapes.kv_heads * 4));
   }
-  launch_for(a.q.dtype, dim_class)(op, p, rows, slots * p.splits * shapes.kv_heads, shared.bytes,
-                                   ctx);
+  // Enough blocks to fill the GPU some times over. Host knows no lengths, so most of a block's
+  // splits may be empty; a few blocks share them.
+  const int64_t filled = ceil_div(8 * limits.multiprocessors, slots * shapes.kv_heads);
+  p.split_blocks = static_cast<int>(std::clamp<int64_t>(filled, std::min(4, p.splits), p.splits));
+  if (rows == 128)
+    p.split_blocks = p.splits;  // what a loop keeps alive does not fit their registers
+  launch_for(a.q.dtype, dim_class)(op, p, rows, slots * p.split_blocks * shapes.kv_heads,
+                                   shared.bytes, ctx);
 }
 
 }  // namespace memkernels::attention::cuda

@@ -59,16 +59,19 @@ struct AttentionParams {
   int window, sink_tokens;
 
   int blocks_of_query;  // of rows; 0: sequences have several queries
-  int splits;           // launched for each block of rows
+  int splits;           // that a row may have
+  int split_blocks;     // launched for each block of rows; they share its splits
   int stages;           // tiles in shared memory
   void* out;            // [total_q, Hq, Dv]
   float* lse;           // [total_q, Hq]
   // Where splits > 1: partial results of the queries of sequences that have at most
-  // partial_queries, so many of each sequence.
+  // partial_queries, so many of each sequence; or of all queries, if they are fewer.
   int partial_queries;
-  float* partial_out;            // [num_sequences, partial_queries, Hq, splits, Dv]
-  PartialState* partial_states;  // [num_sequences, partial_queries, Hq, splits]
-  int* num_splits;               // [num_sequences, partial_queries, Hkv]
+  bool partial_by_query;
+  int num_partials;              // queries
+  float* partial_out;            // [num_partials, Hq, splits, Dv]
+  PartialState* partial_states;  // [num_partials, Hq, splits]
+  int* num_splits;               // [num_partials, Hkv]
 };
 
 // The head dimension of the kernels that take this one.
@@ -88,8 +91,7 @@ struct SharedPlan {
   int stages = 0;  // 0: not even two fit
   int64_t bytes = 0;
 };
-SharedPlan plan_shared(const AttentionParams& p, int item_size, int rows,
-                       const SharedMemory& limits);
+SharedPlan plan_shared(const AttentionParams& p, int item_size, int rows, const Limits& limits);
 
 // Compiled one pair of T and kDim a file (paged_attention_instance.cu).
 template <class T, int kDim>

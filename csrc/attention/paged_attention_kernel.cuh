@@ -65,6 +65,16 @@ __device__ __forceinline__ void finish_logits(Sums<kTiles, kBlocks>& x, const At
                                               const Stream& s, const Tiles& tiles, int first_block,
                                               const int (&position)[kTiles][2], bool seen_whole) {
 #pragma unroll
+  for (int i = 0; i < kTiles * kBlocks * 4; ++i)
+    x.c[i / 4 / kBlocks][i / 4 % kBlocks][i % 4] *= p.scale;
+  if (p.softcap > 0) {
+#pragma unroll
+    for (int i = 0; i < kTiles * kBlocks * 4; ++i) {
+      float& c = x.c[i / 4 / kBlocks][i / 4 % kBlocks][i % 4];
+      c = p.softcap * tanhf(c / p.softcap);
+    }
+  }
+#pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -78,8 +88,6 @@ __device__ __forceinline__ void finish_logits(Sums<kTiles, kBlocks>& x, const At
         for (int half = 0; half < 2; ++half) {
           float& c = x.c[tile][block][2 * half + e];
           const bool seen = seen_whole || sees(p, s, position[tile][half], key.position);
-          c *= p.scale;
-          if (p.softcap > 0) c = p.softcap * tanhf(c / p.softcap);
           c = seen ? c * kLog2e + key.bias : -kInfinity;
         }
       }
@@ -165,10 +173,10 @@ __global__ void __launch_bounds__(Shape<T, kDim, kRows>::kThreads, 1)
   // Late blocks of rows see the most keys; they go first.
   const int64_t block = gridDim.x - 1 - blockIdx.x;
   const int head = static_cast<int>(block % p.num_kv_heads);
-  const int split = static_cast<int>(block / p.num_kv_heads % p.splits);
+  const int first_split = static_cast<int>(block / p.num_kv_heads % p.split_blocks);
   Stream s;
-  if (!find_stream<kRows, S::kThreads>(p, block / p.num_kv_heads / p.splits, split, head,
-                                       reinterpret_cast<int*>(places), s)) {
+  if (!find_stream<kRows, S::kThreads>(p, block / p.num_kv_heads / p.split_blocks, first_split,
+                                       head, reinterpret_cast<int*>(places), s)) {
     return;
   }
 
@@ -180,144 +188,165 @@ __global__ void __launch_bounds__(Shape<T, kDim, kRows>::kThreads, 1)
   }
   load_queries<T, Tiles::kLanes, kRows, S::kThreads>(q, p, s, head, p.q, p.q_stride,
                                                      p.q_head_stride, p.dim, p.aligned);
-  Tiles tiles(p, s, head, tile_memory, places, false);
-  tiles.start();
-
-  Sums<kRowTiles, S::kColumnBlocks> out;
-  out.clear();
-  RowStates<kRowTiles> state;
   int position[kRowTiles][2];
   find_positions(position, p, s, warp_row);
-#pragma unroll
-  for (int tile = 0; tile < kRowTiles; ++tile) {
-    state.maximum[tile][0] = state.maximum[tile][1] = -kInfinity;
-    state.sum[tile][0] = state.sum[tile][1] = 0.f;
-  }
   const int first_seen = s.first_position + (s.first_row + warp_row) / p.group;
   const int last_seen = s.first_position + (s.first_row + warp_row + 16 * kRowTiles - 1) / p.group;
+  const int first_column = 8 * warp_column * S::kColumnBlocks;
+  const bool leader = warp_column == 0 && lane % 4 == 0;
 
-  for (; tiles.more(); tiles.finish()) {
-    tiles.wait();
-    __syncthreads();
-    tiles.advance();
-    const bool seen_whole = tiles.seen_whole(first_seen, last_seen);
-
-    Sums<kRowTiles, S::kKeys / 8> x;
-    if constexpr (S::kWarpsOverKeys == 1) {
-      x.clear();
-      multiply_rows<T>(x, q, warp_row, tiles.keys(), 0, steps);
-      finish_logits(x, p, s, tiles, 0, position, seen_whole);
-    } else {
-      // Each warp has the scores of its own keys, and needs those of all.
-      const int first_block = warp_column * kKeyBlocks;
-      if (8 * first_block < S::kKeys) {
-        Sums<1, kKeyBlocks> part;
-        part.clear();
-        multiply_rows<T>(part, q, warp_row, tiles.keys(), 8 * first_block, steps);
-        finish_logits(part, p, s, tiles, first_block, position, seen_whole);
-        store_scores<S::kScorePitch>(scores, part, warp_row, first_block);
-      }
-      __syncthreads();
-      load_scores<S::kScorePitch>(scores, x, warp_row);
+  for (int split = first_split; split < s.num_splits; split += p.split_blocks) {
+    if (split != first_split) __syncthreads();  // tiles and places are free again
+    enter_split(s, split);
+    Tiles tiles(p, s, head, tile_memory, places, false);
+    tiles.start();
+    Sums<kRowTiles, S::kColumnBlocks> out;
+    out.clear();
+    RowStates<kRowTiles> state;
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      state.maximum[tile][0] = state.maximum[tile][1] = -kInfinity;
+      state.sum[tile][0] = state.sum[tile][1] = 0.f;
     }
 
-    // Softmax, by every warp for its rows.
+    for (; tiles.more(); tiles.finish()) {
+      tiles.wait();
+      __syncthreads();
+      tiles.advance();
+      const bool seen_whole = tiles.seen_whole(first_seen, last_seen);
+
+      Sums<kRowTiles, S::kKeys / 8> x;
+      if constexpr (S::kWarpsOverKeys == 1) {
+        x.clear();
+        multiply_rows<T>(x, q, warp_row, tiles.keys(), 0, steps);
+        finish_logits(x, p, s, tiles, 0, position, seen_whole);
+      } else {
+        // Each warp has the scores of its own keys, and needs those of all.
+        const int first_block = warp_column * kKeyBlocks;
+        if (8 * first_block < S::kKeys) {
+          Sums<1, kKeyBlocks> part;
+          part.clear();
+          multiply_rows<T>(part, q, warp_row, tiles.keys(), 8 * first_block, steps);
+          finish_logits(part, p, s, tiles, first_block, position, seen_whole);
+          store_scores<S::kScorePitch>(scores, part, warp_row, first_block);
+        }
+        __syncthreads();
+        load_scores<S::kScorePitch>(scores, x, warp_row);
+      }
+
+      // Softmax, by every warp for its rows.
+#pragma unroll
+      for (int tile = 0; tile < kRowTiles; ++tile) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float most = state.maximum[tile][half];
+#pragma unroll
+          for (int block = 0; block < S::kKeys / 8; ++block) {
+            most = fmaxf(most, fmaxf(x.c[tile][block][2 * half], x.c[tile][block][2 * half + 1]));
+          }
+          most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 1));
+          most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 2));
+          const float base = most == -kInfinity ? 0.f : most;
+          const float kept = exp2_fast(state.maximum[tile][half] - base);
+          state.maximum[tile][half] = most;
+          float sum = 0.f;
+#pragma unroll
+          for (int block = 0; block < S::kKeys / 8; ++block) {
+#pragma unroll
+            for (int e = 2 * half; e < 2 * half + 2; ++e) {
+              x.c[tile][block][e] = exp2_fast(x.c[tile][block][e] - base);
+              sum += x.c[tile][block][e];
+            }
+          }
+          state.sum[tile][half] = state.sum[tile][half] * kept + sum;
+#pragma unroll
+          for (int block = 0; block < S::kColumnBlocks; ++block) {
+            out.c[tile][block][2 * half] *= kept;
+            out.c[tile][block][2 * half + 1] *= kept;
+          }
+        }
+      }
+      multiply_columns<T>(out, x, tiles.values(), 0, warp_column * S::kColumnBlocks, p.dim_v);
+    }
+
 #pragma unroll
     for (int tile = 0; tile < kRowTiles; ++tile) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float most = state.maximum[tile][half];
-#pragma unroll
-        for (int block = 0; block < S::kKeys / 8; ++block) {
-          most = fmaxf(most, fmaxf(x.c[tile][block][2 * half], x.c[tile][block][2 * half + 1]));
+        float sum = state.sum[tile][half];
+        sum += __shfl_xor_sync(kWholeWarp, sum, 1);
+        sum += __shfl_xor_sync(kWholeWarp, sum, 2);
+        const int row = s.first_row + warp_row + 16 * tile + 8 * half + lane / 4;
+        const int query = row / p.group, q_head = head * p.group + row % p.group;
+        if (query >= s.num_queries) continue;
+        const float maximum = state.maximum[tile][half];
+        if (s.may_split) {
+          const int64_t partial = ((s.partial + query) * p.num_heads + q_head) * p.splits + split;
+          if (leader) p.partial_states[partial] = {maximum, sum};
+          store_row(p.partial_out + partial * p.dim_v, out.c[tile], half, 1.f, first_column,
+                    p.dim_v);
+        } else {
+          const Outcome outcome =
+              finish_row(maximum, sum, p.sink_logit != nullptr, sink_of<T>(p, q_head));
+          const int64_t to = (s.query + int64_t{query}) * p.num_heads + q_head;
+          if (leader) p.lse[to] = outcome.lse;
+          store_row(static_cast<T*>(p.out) + to * p.dim_v, out.c[tile], half, outcome.factor,
+                    first_column, p.dim_v);
         }
-        most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 2));
-        const float base = most == -kInfinity ? 0.f : most;
-        const float kept = exp2_fast(state.maximum[tile][half] - base);
-        state.maximum[tile][half] = most;
-        float sum = 0.f;
-#pragma unroll
-        for (int block = 0; block < S::kKeys / 8; ++block) {
-#pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            x.c[tile][block][e] = exp2_fast(x.c[tile][block][e] - base);
-            sum += x.c[tile][block][e];
-          }
-        }
-        state.sum[tile][half] = state.sum[tile][half] * kept + sum;
-#pragma unroll
-        for (int block = 0; block < S::kColumnBlocks; ++block) {
-          out.c[tile][block][2 * half] *= kept;
-          out.c[tile][block][2 * half + 1] *= kept;
-        }
-      }
-    }
-    multiply_columns<T>(out, x, tiles.values(), 0, warp_column * S::kColumnBlocks, p.dim_v);
-  }
-
-  const int first_column = 8 * warp_column * S::kColumnBlocks;
-  const bool leader = warp_column == 0 && lane % 4 == 0;
-#pragma unroll
-  for (int tile = 0; tile < kRowTiles; ++tile) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float sum = state.sum[tile][half];
-      sum += __shfl_xor_sync(kWholeWarp, sum, 1);
-      sum += __shfl_xor_sync(kWholeWarp, sum, 2);
-      const int row = s.first_row + warp_row + 16 * tile + 8 * half + lane / 4;
-      const int query = row / p.group, q_head = head * p.group + row % p.group;
-      if (query >= s.num_queries) continue;
-      const float maximum = state.maximum[tile][half];
-      if (s.may_split) {
-        const int64_t partial = ((s.partial + query) * p.num_heads + q_head) * p.splits + split;
-        if (leader) p.partial_states[partial] = {maximum, sum};
-        store_row(p.partial_out + partial * p.dim_v, out.c[tile], half, 1.f, first_column, p.dim_v);
-      } else {
-        const Outcome outcome =
-            finish_row(maximum, sum, p.sink_logit != nullptr, sink_of<T>(p, q_head));
-        const int64_t to = (s.query + int64_t{query}) * p.num_heads + q_head;
-        if (leader) p.lse[to] = outcome.lse;
-        store_row(static_cast<T*>(p.out) + to * p.dim_v, out.c[tile], half, outcome.factor,
-                  first_column, p.dim_v);
       }
     }
   }
 }
 
-// Merges the splits of a row, in their order; a warp a row.
+// Merges the splits of a row, in their order. A warp has 128 columns of a row.
 template <class T>
-__global__ void __launch_bounds__(128) merge_splits(const AttentionParams p, int64_t num_rows) {
-  const int64_t row = blockIdx.x * 4ll + threadIdx.x / 32;
-  if (row >= num_rows) return;
+__global__ void __launch_bounds__(128, 1) merge_splits(const AttentionParams p, int64_t num_parts) {
+  const int64_t part = blockIdx.x * 4ll + threadIdx.x / 32;
+  if (part >= num_parts) return;
+  const int chunks = (p.dim_v + 127) / 128, chunk = static_cast<int>(part % chunks);
+  const int64_t row = part / chunks, owner = row / p.num_heads;
   const int lane = threadIdx.x % 32, head = static_cast<int>(row % p.num_heads);
-  const int64_t owner = row / p.num_heads, b = owner / p.partial_queries;
-  const int query = static_cast<int>(owner % p.partial_queries), first = first_query(p, b);
-  const int queries = p.cu_seqlens_q.data ? first_query(p, b + 1) - first : 1;
-  if (query >= queries || queries > p.partial_queries) return;
+
+  int64_t b = owner, query = owner;
+  if (p.cu_seqlens_q.data) {
+    b = p.partial_by_query
+            ? last_at_most(p.num_sequences, owner, [&](int64_t i) { return first_query(p, i); })
+            : owner / p.partial_queries;
+    const int64_t first = first_query(p, b), past = first_query(p, b + 1);
+    if (!p.partial_by_query) query = first + owner % p.partial_queries;
+    if (query < first || query >= past || past - first > p.partial_queries) return;
+  }
   // Nobody has written it where offsets of queries are nonsense.
   const int splits = p.num_splits[owner * p.num_kv_heads + head / p.group];
   const int n = static_cast<int>(clamp(splits, 0, p.splits));
-  const PartialState* const states = p.partial_states + row * p.splits;
-  const float* const outs = p.partial_out + row * p.splits * p.dim_v;
-
-  float most = -kInfinity;
-  for (int i = 0; i < n; ++i) most = fmaxf(most, states[i].maximum);
-  const float base = most == -kInfinity ? 0.f : most;
+  PartialState state{-kInfinity, 0.f};  // of split `lane`
+  if (lane < n) state = p.partial_states[row * p.splits + lane];
+  const float most = warp_max(state.maximum);
+  const float weight = exp2f(state.maximum - (most == -kInfinity ? 0.f : most));
   float sum = 0.f;
-  for (int i = 0; i < n; ++i) sum += exp2f(states[i].maximum - base) * states[i].sum;
+  for (int i = 0; i < n; ++i) {
+    sum += __shfl_sync(kWholeWarp, weight, i) * __shfl_sync(kWholeWarp, state.sum, i);
+  }
   const Outcome outcome = finish_row(most, sum, p.sink_logit != nullptr, sink_of<T>(p, head));
 
-  const int64_t to = (int64_t{first} + query) * p.num_heads + head;
-  if (lane == 0) p.lse[to] = outcome.lse;
+  const int64_t to = query * p.num_heads + head;
+  if (lane == 0 && chunk == 0) p.lse[to] = outcome.lse;
   T* const out = static_cast<T*>(p.out) + to * p.dim_v;
-  for (int c = lane; c < p.dim_v; c += 32) {
-    float x = 0.f;
+  const float* const outs = p.partial_out + row * p.splits * p.dim_v;
+  float x[4] = {};
 #pragma unroll 4
-    for (int i = 0; i < n; ++i) {
-      x += exp2f(states[i].maximum - base) * outs[int64_t{i} * p.dim_v + c];
+  for (int i = 0; i < n; ++i) {
+    const float w = __shfl_sync(kWholeWarp, weight, i);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int column = 128 * chunk + 32 * j + lane;
+      if (column < p.dim_v) x[j] += w * outs[int64_t{i} * p.dim_v + column];
     }
-    narrow(x * outcome.factor, out[c]);
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int column = 128 * chunk + 32 * j + lane;
+    if (column < p.dim_v) narrow(x[j] * outcome.factor, out[column]);
   }
 }
 

@@ -187,6 +187,8 @@ Shapes check_shapes(const char* op, const PagedAttentionArgs& a) {
     check(a.k_cache.shape[0] == batch, op, "k_cache has ", a.k_cache.shape[0], " sequences, ",
           source, " implies ", batch);
   }
+  check(batch > 0 || total_q == 0, op, "q has ", total_q,
+        " rows, cu_seqlens_q implies no sequences");
   if (given(a.seq_lens)) {
     check_shape(op, "seq_lens", a.seq_lens, "[B]", {batch});
     check_optional_index(op, "seq_lens", a.seq_lens, device);

@@ -1,4 +1,5 @@
-// What csrc/core/cuda/launch.h has for the CUDA runtime, for the host: the limits are an H200's.
+// What csrc/core/cuda/launch.h has for the CUDA runtime, for the host: the shared memory is an
+// H200's, the multiprocessors are few, so that blocks share splits.
 #pragma once
 
 #include <cstring>
@@ -13,11 +14,12 @@ struct DeviceGuard {
   ~DeviceGuard() {}
 };
 
-struct SharedMemory {
+struct Limits {
   int64_t of_block, of_multiprocessor;
+  int multiprocessors;
 };
 
-inline SharedMemory shared_memory_of(const char*, Device) { return {227 << 10, 228 << 10}; }
+inline Limits limits_of(const char*, Device) { return {227 << 10, 228 << 10, 2}; }
 
 inline void copy_to_host(const char*, const Context&, void* to, const void* from, int64_t bytes) {
   std::memcpy(to, from, bytes);

@@ -13,6 +13,7 @@ namespace memkernels::cuda {
 
 inline constexpr unsigned kWholeWarp = 0xffffffffu;
 inline constexpr float kInfinity = __builtin_huge_valf();
+inline constexpr float kGreatest = __FLT_MAX__;  // finite
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(bf16 x) { return bits_to_float(uint32_t{x.bits} << 16); }

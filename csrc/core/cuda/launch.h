@@ -47,17 +47,19 @@ class DeviceGuard {
 };
 
 // Bytes of shared memory a block may have, and what all blocks of a multiprocessor share.
-struct SharedMemory {
+struct Limits {
   int64_t of_block, of_multiprocessor;
+  int multiprocessors;
 };
 
-inline SharedMemory shared_memory_of(const char* op, Device device) {
-  int block = 0, all = 0;
+inline Limits limits_of(const char* op, Device device) {
+  int block = 0, all = 0, count = 0;
   check_cuda(op,
              cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index));
   check_cuda(
       op, cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device.index));
-  return {block, all};
+  check_cuda(op, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device.index));
+  return {block, all, count};
 }
 
 inline void copy_to_host(const char* op, const Context& ctx, void* to, const void* from,
@@ -73,8 +75,9 @@ void launch(const char* op, const Context& ctx, void (*kernel)(Parameters...), i
   check(blocks <= 0x7fffffff, op, "too large for one launch: ", blocks, " blocks");
   if (blocks == 0) return;
   if (shared_bytes > 48 * 1024) {
+    // Always the most, so that threads of the host never take it from one another.
     check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared_bytes)));
+                                        static_cast<int>(limits_of(op, ctx.device).of_block)));
   }
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes,
            static_cast<cudaStream_t>(ctx.stream)>>>(arguments...);

@@ -70,7 +70,8 @@ __device__ __forceinline__ Halves halve(uint32_t x) {
 }
 
 // float32 as three products of tf32; what is dropped is below its rounding. An infinite element
-// meets only high parts, which are zero where the other element is.
+// meets only high parts, which are zero where the other element is. Tensor cores cut off what does
+// not fit into their sums, always towards zero; so they do not keep the long ones.
 __device__ __forceinline__ void multiply_add(float, float (&c)[4], const uint32_t (&a)[4],
                                              const uint32_t (&b)[2]) {
   uint32_t a_high[4], a_low[4], a_finite[4], b_high[2], b_low[2], b_finite[2];
@@ -82,9 +83,11 @@ __device__ __forceinline__ void multiply_add(float, float (&c)[4], const uint32_
     const Halves x = halve(b[i]);
     b_high[i] = x.high, b_low[i] = x.low, b_finite[i] = x.finite;
   }
-  multiply_tf32(c, a_low, b_finite);
-  multiply_tf32(c, a_finite, b_low);
-  multiply_tf32(c, a_high, b_high);
+  float sums[4] = {};
+  multiply_tf32(sums, a_low, b_finite);
+  multiply_tf32(sums, a_finite, b_low);
+  multiply_tf32(sums, a_high, b_high);
+  for (int i = 0; i < 4; ++i) c[i] += sums[i];
 }
 
 // Sums of kTiles times 16 rows and kBlocks times 8 columns.
