@@ -173,7 +173,7 @@ def run(op: str, *args, **kwargs):
     return (on_device if on_gpu() else on_host)(op, *args, **kwargs)
 
 
-def namespace(run=run) -> SimpleNamespace:
+def namespace() -> SimpleNamespace:
     """All ops, with all their results."""
     ops = {op: functools.partial(run, op) for op in OPS}
     for op in "paged_attention", "gather_attention":
