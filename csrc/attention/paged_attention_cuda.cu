@@ -208,12 +208,13 @@ void paged_attention(const char* op, const PagedAttentionArgs& a, const Shapes& 
     p.num_splits =
         static_cast<int*>(ctx.allocate(ctx, int64_t{p.num_partials} * shapes.kv_heads * 4));
   }
-  // Enough blocks to fill the GPU some times over. Host knows no lengths, so most of a block's
-  // splits may be empty; a few blocks share them.
-  const int64_t filled = ceil_div(8 * limits.multiprocessors, slots * shapes.kv_heads);
-  p.split_blocks = static_cast<int>(std::clamp<int64_t>(filled, std::min(4, p.splits), p.splits));
-  if (rows == 128)
-    p.split_blocks = p.splits;  // what a loop keeps alive does not fit their registers
+  p.split_blocks = p.splits;
+  if (rows == 16) {
+    // The host knows no lengths, so most splits may be empty: in decoding a few blocks share those
+    // of their rows, enough to fill the GPU some times over.
+    const int64_t filled = ceil_div(8 * limits.multiprocessors, slots * shapes.kv_heads);
+    p.split_blocks = static_cast<int>(std::clamp<int64_t>(filled, std::min(4, p.splits), p.splits));
+  }
   launch_for(a.q.dtype, dim_class)(op, p, rows, slots * p.split_blocks * shapes.kv_heads,
                                    shared.bytes, ctx);
 }

@@ -195,8 +195,7 @@ __global__ void __launch_bounds__(Shape<T, kDim, kRows>::kThreads, 1)
   const int first_column = 8 * warp_column * S::kColumnBlocks;
   const bool leader = warp_column == 0 && lane % 4 == 0;
 
-  for (int split = first_split; split < s.num_splits; split += p.split_blocks) {
-    if (split != first_split) __syncthreads();  // tiles and places are free again
+  const auto attend_split = [&](int split) {
     enter_split(s, split);
     Tiles tiles(p, s, head, tile_memory, places, false);
     tiles.start();
@@ -295,6 +294,15 @@ __global__ void __launch_bounds__(Shape<T, kDim, kRows>::kThreads, 1)
         }
       }
     }
+  };
+  // What a loop keeps alive does not fit into the registers of larger blocks; they have one split.
+  if constexpr (kRows == 16) {
+    for (int split = first_split; split < s.num_splits; split += p.split_blocks) {
+      if (split != first_split) __syncthreads();  // tiles and places are free again
+      attend_split(split);
+    }
+  } else {
+    attend_split(first_split);
   }
 }
 
