@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import venv
@@ -66,7 +67,9 @@ k = torch.randn(2, 9, 1, 8)
 assert memkernels.paged_attention(k[:, 0], k, k).isfinite().all()
 assert _library.has_kernel("paged_attention_backward", "cuda") and _C.build_info()["cuda"]
 """
-    run([sys.executable, "-c", code], os.environ | {"PYTHONPATH": str(site)})
+    # Without site, whose hooks would put an editable install first.
+    paths = f"{site}:{sysconfig.get_path('purelib')}"
+    run([sys.executable, "-S", "-c", code], os.environ | {"PYTHONPATH": paths})
 
 
 def resources(log: str) -> dict[str, dict[str, int]]:

@@ -53,17 +53,21 @@ def build(source: Path, name: str, *options: str) -> Path:
 
 def library(check: str = "") -> ctypes.CDLL:
     """The runner, with a detector ("race" or "address") if wanted, its ops loaded."""
-    return load(check)
+    return _load(check)
 
 
 @functools.cache
-def load(check: str) -> ctypes.CDLL:
+def build_runner(check: str) -> Path:
     core = Path(_C.__file__).parent / "libmemkernels.so"
-    folder = build(
+    return build(
         *(SIMT, f"memkernels-simt-{check or 'plain'}"),
         *(f"-DLIBMEMKERNELS={core}", f"-DSIMT_CHECK={check}"),
     )
-    path = str(folder / "libmemkernels_simt.so")
+
+
+@functools.cache
+def _load(check: str) -> ctypes.CDLL:
+    path = str(build_runner(check) / "libmemkernels_simt.so")
     torch.ops.load_library(path)
     namespace = f"memkernels_simt{check}"
     autograd = torch.library.Library(namespace, "FRAGMENT")

@@ -103,6 +103,7 @@ def run_with_address_sanitizer(code):
         ).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
+    cuda_ops.build_runner("address")  # not under the sanitizer
     environment = {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"}
     return subprocess.run(
         [sys.executable, "-c", code],
