@@ -199,6 +199,12 @@ def test_other_strided_inputs_work_or_are_refused_by_name(ops, name):
         assert name in str(error)
 
 
+def no_sequences(case):
+    """Of a batch, whose queries stay."""
+    empty = {name: getattr(case, name)[:0] for name in ("page_table", "seq_lens")}
+    return empty | {"cu_seqlens_q": case.cu_seqlens_q[:1]}
+
+
 ERRORS = {
     "more_heads_than_a_multiple": ("q", lambda c: {"q": c.q.repeat(1, 2, 1)[:, :5]}),
     "head_dim": ("q|k_cache", lambda c: {"q": c.q[..., :32]}),
@@ -224,6 +230,7 @@ ERRORS = {
     "cu_seqlens_q_end": ("cu_seqlens_q|indices", lambda c: {"q": c.q[:-1]}),
     "cu_seqlens_q_falls": ("cu_seqlens_q", lambda c: {"cu_seqlens_q": c.cu_seqlens_q.flip(0)}),
     "cu_seqlens_q_size": ("cu_seqlens_q", lambda c: {"cu_seqlens_q": c.cu_seqlens_q[[0, 1, -1]]}),
+    "rows_of_no_sequence": ("q|cu_seqlens_q", no_sequences),
     "cu_seqlens_k": ("cu_seqlens_k|k_cache", lambda c: {"cu_seqlens_k": c.cu_seqlens_q}),
     "shape_of_key_bias": ("key_bias", lambda c: {"key_bias": c.key_bias[..., :1]}),
     "shape_of_sink_logit": ("sink_logit", lambda c: {"sink_logit": c.sink_logit[:-1]}),

@@ -398,11 +398,11 @@ class KeyTiles {
   char* const tiles_;
   Key* const places_;
   const bool zero_keys_;
-  int tile_ = 0, found_ = 0, loaded_ = 0,
-      end_ = 0;               // worked on, looked up, loaded; behind the last
-  int stage_ = 0, slot_ = 0;  // of the tile worked on
-  Key place_{};               // of a tile still to be kept
-  int64_t entry_ = -1;        // of the tile after it
+  int tile_ = 0, found_ = 0, loaded_ = 0;  // worked on, looked up, loaded
+  int end_ = 0;                            // behind the last
+  int stage_ = 0, slot_ = 0;               // of the tile worked on
+  Key place_{};                            // of a tile still to be kept
+  int64_t entry_ = -1;                     // of the tile after it
 };
 
 }  // namespace memkernels::attention::cuda

@@ -2,10 +2,8 @@
 //
 //   logit = scale q.k, soft-capped, plus key_bias;  out = softmax(logit) v;  lse = log sum exp
 //
-// A block owns kRows rows, queries times heads of one KV head, and one split of their keys, which
-// it reads once for all of them. Tiles of keys and values travel to shared memory by cp.async, a
-// few tiles ahead; the places of their tokens (page tables, lists) are looked up another tile
-// earlier, so that page size and order do not matter. Scores and values are multiplied on tensor
+// A block owns kRows rows, queries times heads of one KV head, and splits of their keys, which it
+// reads once for all of them (key_stream.cuh). Scores and values are multiplied on tensor
 // cores: warps share the keys of the scores, then the columns of the values.
 //
 // Cost: (D + Dv) elements of memory and 2 (D + Dv) kRows flops a key and KV head. In decoding with
@@ -65,8 +63,9 @@ __device__ __forceinline__ void finish_logits(Sums<kTiles, kBlocks>& x, const At
                                               const Stream& s, const Tiles& tiles, int first_block,
                                               const int (&position)[kTiles][2], bool seen_whole) {
 #pragma unroll
-  for (int i = 0; i < kTiles * kBlocks * 4; ++i)
+  for (int i = 0; i < kTiles * kBlocks * 4; ++i) {
     x.c[i / 4 / kBlocks][i / 4 % kBlocks][i % 4] *= p.scale;
+  }
   if (p.softcap > 0) {
 #pragma unroll
     for (int i = 0; i < kTiles * kBlocks * 4; ++i) {
