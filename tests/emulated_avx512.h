@@ -72,6 +72,13 @@ inline __m256i emulated_cvtps(__m512 x, int) {
   return out;
 }
 
+inline uint32_t emulated_movepi32_mask(__m512i x) {
+  uint32_t lanes[16], bits = 0;
+  memcpy(lanes, &x, sizeof(x));
+  for (int i = 0; i < 16; ++i) bits |= lanes[i] >> 31 << i;
+  return bits;
+}
+
 }  // namespace
 
 #define MK_KEEP(v) (void)(v)
@@ -80,3 +87,4 @@ inline __m256i emulated_cvtps(__m512 x, int) {
 #define _mm512_cvtne2ps_pbh emulated_cvtne2ps
 #define _mm512_cvtph_ps emulated_cvtph
 #define _mm512_cvtps_ph emulated_cvtps
+#define _mm512_movepi32_mask emulated_movepi32_mask

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/problem.h"
+#include "core/cpu/arena.h"
 #include "core/cpu/tile.h"
 
 namespace memkernels::attention {
@@ -18,18 +19,6 @@ struct Layout {
   int64_t dim, dim_v;  // padded to kPair
   explicit Layout(const Problem& p)
       : dim(round_up(p.dim, kPair<T>)), dim_v(round_up(p.dim_v, kPair<T>)) {}
-};
-
-// Hands out pieces of a worker's scratch; with a null base it only counts.
-struct Arena {
-  char* base;
-  size_t used = 0;
-  template <class X>
-  X* take(int64_t n) {
-    X* out = reinterpret_cast<X*>(base + used);
-    used += (n * sizeof(X) + 63) / 64 * 64;
-    return out;
-  }
 };
 
 // Row pointers of keys [begin, begin + count) of a sequence for head 0; null where the page is

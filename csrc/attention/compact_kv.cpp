@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "attention/cache.h"
+#include "attention/page_table.h"
 #include "core/check.h"
 #include "core/cuda/host_copy.h"
 #include "core/memory.h"
@@ -23,28 +24,19 @@ constexpr char kOp[] = "compact_kv";
 // How far ahead of the copying tokens are asked for.
 constexpr int64_t kAheadBytes = 4096;
 
-int64_t page_at(const CompactKvArgs& a, int64_t b, int64_t column) {
-  return index_at(a.page_table, b * a.page_table.stride[0] + column * a.page_table.stride[1]);
-}
-
-int64_t length_of(const CompactKvArgs& a, int64_t b) {
-  return index_at(a.seq_lens, b * a.seq_lens.stride[0]);
+PageTable table_of(const CompactKvArgs& a) {
+  return {a.page_table, a.seq_lens, a.k_cache.shape[1]};
 }
 
 // Returns whether any page is absent.
 bool check_pages(const CompactKvArgs& a) {
+  const PageTable table = table_of(a);
+  table.check_contents(kOp, a.k_cache.shape[0]);
   bool absent = false;
-  const int64_t num_pages = a.k_cache.shape[0], page_size = a.k_cache.shape[1];
-  std::vector<bool> used(num_pages);
-  for (int64_t b = 0; b < a.seq_lens.shape[0]; ++b) {
-    const int64_t length = length_of(a, b), pages = (length + page_size - 1) / page_size;
-    check(length >= 0, kOp, "seq_lens[", b, "] = ", length, " is negative");
-    check(pages <= a.page_table.shape[1], kOp, "seq_lens[", b, "] = ", length, " needs ", pages,
-          " pages of ", page_size, ", page_table has ", a.page_table.shape[1], " columns");
-    for (int64_t i = 0; i < pages; ++i) {
-      const int64_t page = page_at(a, b, i);
-      check(page >= -1 && page < num_pages, kOp, "page_table[", b, ", ", i, "] = ", page,
-            " is outside [-1, ", num_pages, ")");
+  std::vector<bool> used(a.k_cache.shape[0]);
+  for (int64_t b = 0; b < table.batch(); ++b) {
+    for (int64_t i = 0; i < table.used(b); ++i) {
+      const int64_t page = table.page(b, i);
       absent |= page < 0;
       if (page < 0) continue;
       check(!used[page], kOp, "page_table[", b, ", ", i, "] = ", page,
@@ -63,12 +55,12 @@ struct Kept {
 
 Kept checked_keep(const CompactKvArgs& a, bool absent_pages) {
   const int64_t batch = a.keep.shape[0], heads = a.keep.shape[1], most = a.keep.shape[2];
-  const int64_t page_size = a.k_cache.shape[1];
+  const PageTable table = table_of(a);
   Kept kept;
   kept.tokens.resize(batch * heads * most);
   kept.counts.resize(batch);
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t length = length_of(a, b);
+    const int64_t length = table.length(b);
     for (int64_t h = 0; h < heads; ++h) {
       int64_t* tokens = &kept.tokens[(b * heads + h) * most];
       int64_t count = 0, last = -1;
@@ -81,8 +73,8 @@ Kept checked_keep(const CompactKvArgs& a, bool absent_pages) {
               " is outside [-1, ", length, ")");
         check(count == i && token > last, kOp, "keep[", b, ", ", h, ", ", i, "] = ", token,
               " must be more than its predecessor, ", i == 0 ? -1 : tokens[i - 1]);
-        check(!absent_pages || page_at(a, b, token / page_size) >= 0, kOp, "keep[", b, ", ", h,
-              ", ", i, "] = ", token, " lies on an absent page");
+        check(!absent_pages || table.page(b, token / table.page_size) >= 0, kOp, "keep[", b, ", ",
+              h, ", ", i, "] = ", token, " lies on an absent page");
         last = token;
         ++count;
       }
@@ -90,8 +82,9 @@ Kept checked_keep(const CompactKvArgs& a, bool absent_pages) {
       check(count == kept.counts[b], kOp, "keep[", b, ", ", h, "] has ", count, " tokens, head 0 ",
             kept.counts[b]);
     }
-    for (int64_t i = 0; i < kept.counts[b]; i += page_size) {
-      check(page_at(a, b, i / page_size) >= 0, kOp, "page_table[", b, ", ", i / page_size,
+    for (int64_t i = 0; i < kept.counts[b]; i += table.page_size) {
+      const int64_t column = i / table.page_size;
+      check(table.page(b, column) >= 0, kOp, "page_table[", b, ", ", column,
             "] = -1: kept tokens would move to an absent page");
     }
   }
@@ -109,7 +102,7 @@ class TokenFinder {
       const int64_t page_size = cache_.shape[1], column = token / page_size;
       end_ = (column + 1) * page_size;
       const int64_t first =
-          page_at(a_, b_, column) * cache_.stride[0] - column * page_size * cache_.stride[1];
+          table_of(a_).page(b_, column) * cache_.stride[0] - column * page_size * cache_.stride[1];
       origin_ = first * item_size(cache_.dtype);
       step_ = cache_.stride[1] * item_size(cache_.dtype);
     }
@@ -127,19 +120,15 @@ class TokenFinder {
 
 void compact_kv(const CompactKvArgs& a, const Context& ctx) {
   check_caches(kOp, a.k_cache, a.v_cache);
-  check_shape(kOp, "page_table", a.page_table, "[B, max_pages]", {-1, -1});
+  check(a.k_cache.shape[1] > 0, kOp, "k_cache has page_size 0");
+  table_of(a).check_shapes(kOp, a.k_cache.device);
   const int64_t batch = a.page_table.shape[0], heads = a.k_cache.shape[2];
-  check_shape(kOp, "seq_lens", a.seq_lens, "[B]", {batch});
   check_shape(kOp, "keep", a.keep, "[B, Hkv, K]", {batch, -1, -1});
   const int64_t keep_heads = a.keep.shape[1], most = a.keep.shape[2];
   check(keep_heads == heads || keep_heads == 1, kOp, "keep must be [B, Hkv, K] or [B, 1, K], got ",
         shape_of(a.keep), " for ", heads, " heads");
-  check(a.k_cache.shape[1] > 0, kOp, "k_cache has page_size 0");
-  for (const auto& [arg, t] :
-       {std::pair{"page_table", &a.page_table}, {"seq_lens", &a.seq_lens}, {"keep", &a.keep}}) {
-    check_index(kOp, arg, *t);
-    check_device(kOp, arg, *t, a.k_cache.device);
-  }
+  check_index(kOp, "keep", a.keep);
+  check_device(kOp, "keep", a.keep, a.k_cache.device);
 #ifdef MEMKERNELS_WITH_CUDA
   if (ctx.device.type == DeviceType::cuda) {
     if (ctx.check_indices) {

@@ -75,6 +75,18 @@ MK_INLINE void score_tile(const typename Math<T>::Unit* q, int64_t q_stride, con
   for (int r = 0; r < R; ++r) memcpy(scores + r * kBlockKeys, sums + r * K, K * sizeof(A));
 }
 
+// Calls visit(Int<R>{}, r) for rows [r, r + R), with R up to 4, until all rows have been visited.
+template <class A, class Visit>
+MK_INLINE void for_row_groups(int64_t rows, const Visit& visit) {
+  constexpr int kMost = kLanes<A> < 4 ? kLanes<A> : 4;
+  constexpr int kThree = kMost < 3 ? 1 : 3;
+  int64_t r = 0;
+  for (; r + kMost <= rows; r += kMost) visit(Int<kMost>{}, r);
+  if (rows - r == 3) visit(Int<kThree>{}, r);
+  if (rows - r == 2) visit(Int<2>{}, r);
+  if (rows - r == 1) visit(Int<1>{}, r);
+}
+
 // Keys whose values are added in one go, so that accumulators are loaded and stored once for all.
 constexpr int kRunKeys = 8;
 

@@ -343,25 +343,9 @@ struct Attend {
   }
 
   void attend_few(const KeyBlock<T>& block, const KeyBlock<T>* following) {
-    constexpr int kMost = kLanes<A> < 4 ? kLanes<A> : 4;
-    constexpr int kThree = kMost < 3 ? 1 : 3;
     const Upcoming upcoming = upcoming_rows(block, following);
-    for (int64_t r = 0; r < rows;) {
-      const int64_t left = rows - r;
-      if (left >= kMost) {
-        few_rows<kMost>(block, upcoming, r);
-        r += kMost;
-      } else if (left == 3) {
-        few_rows<kThree>(block, upcoming, r);
-        r += kThree;
-      } else if (left == 2) {
-        few_rows<2>(block, upcoming, r);
-        r += 2;
-      } else {
-        few_rows<1>(block, upcoming, r);
-        r += 1;
-      }
-    }
+    for_row_groups<A>(
+        rows, [&](auto group, int64_t r) { few_rows<decltype(group)::value>(block, upcoming, r); });
   }
 
   void attend_many(const KeyBlock<T>& block, int64_t head) {

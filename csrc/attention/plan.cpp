@@ -112,6 +112,22 @@ Rows rows_of(const TensorView& t, int leading) {
   return rows;
 }
 
+std::vector<int64_t> query_offsets(const char* op, const TensorView& q,
+                                   const TensorView& cu_seqlens_q, int64_t batch) {
+  if (given(cu_seqlens_q)) {
+    check_optional_index(op, "cu_seqlens_q", cu_seqlens_q, q.device);
+    check_cumulative(op, "cu_seqlens_q", cu_seqlens_q, batch, "q", q.shape[0]);
+  } else {
+    check(q.shape[0] == batch, op, "q has ", q.shape[0], " rows without cu_seqlens_q, page_table ",
+          batch);
+  }
+  std::vector<int64_t> offsets(batch + 1);
+  for (int64_t b = 0; b <= batch; ++b) {
+    offsets[b] = given(cu_seqlens_q) ? index_at(cu_seqlens_q, b * cu_seqlens_q.stride[0]) : b;
+  }
+  return offsets;
+}
+
 int64_t sequence_of(const Plan& plan, int64_t token) {
   const auto after = std::upper_bound(plan.sequences.begin(), plan.sequences.end(), token,
                                       [](int64_t t, const Sequence& s) { return t < s.q_begin; });

@@ -44,6 +44,10 @@ void paged_attention_backward(const char* op, const PagedAttentionArgs& args,
 Shapes check_on_cuda(const char* op, const PagedAttentionArgs& args, const Context& ctx);
 #endif
 
+// [B + 1]: where the queries of each sequence begin, one each without cu_seqlens_q.
+std::vector<int64_t> query_offsets(const char* op, const TensorView& q,
+                                   const TensorView& cu_seqlens_q, int64_t batch);
+
 // The sequence a row of q belongs to.
 int64_t sequence_of(const Plan& plan, int64_t token);
 

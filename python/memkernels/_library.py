@@ -80,15 +80,15 @@ def use_fallback(t: Tensor, op: str, *differentiable: Tensor | None) -> bool:
     return wants_gradient(*differentiable) and not has_kernel(f"{op}_backward", t.device.type)
 
 
-def no_gradient(op: str, tensors: dict[str, Tensor]) -> None:
-    """Refuses a mutating op where autograd would have to follow it."""
+def no_gradient(op: str, tensors: dict[str, Tensor], why: str = "it writes in place") -> None:
+    """Refuses an op without a backward where autograd would have to follow it."""
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():
         if tensor.requires_grad:
             raise RuntimeError(
                 f"{op}: {name} requires grad, but {op} is not differentiable: "
-                "it writes in place; call it under torch.no_grad()"
+                f"{why}; call it under torch.no_grad()"
             )
 
 
@@ -106,19 +106,28 @@ def once_differentiable(op: str) -> None:
     torch.library.register_autograd(f"memkernels::{op}_backward", refuse, lib=library)
 
 
+def not_differentiable(op: str, why: str = "it has no backward") -> None:
+    """Makes autograd raise an error where it would lose a gradient."""
+    overload = getattr(torch.ops.memkernels, op).default
+    names = [argument.name for argument in overload._schema.arguments]
+
+    def autograd(keyset, *args, **kwargs):
+        given = zip(names, args, strict=False)
+        no_gradient(op, {name: a for name, a in given if isinstance(a, Tensor)}, why)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    library.impl(op, autograd, "Autograd", with_keyset=True)
+
+
 def in_place(op: str, mutated: tuple[str, ...]) -> None:
     """Gives a mutating op what autograd expects of one: an error where a gradient would be lost,
     and a raised version counter, which tells it that saved tensors have changed. A caller that
     is below_autograd may go past both and call bump_versions itself."""
+    not_differentiable(op, "it writes in place")
     overload = getattr(torch.ops.memkernels, op).default
     names = [argument.name for argument in overload._schema.arguments]
     indices = [names.index(name) for name in mutated]
-
-    def autograd(keyset, *args, **kwargs):
-        given = zip(names, args, strict=False)
-        no_gradient(op, {name: a for name, a in given if isinstance(a, Tensor)})
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
     def bump(keyset, *args, **kwargs):
         with torch._C._AutoDispatchBelowADInplaceOrView():
@@ -128,7 +137,6 @@ def in_place(op: str, mutated: tuple[str, ...]) -> None:
         bump_versions(*(args[i] for i in indices))
         return result
 
-    library.impl(op, autograd, "Autograd", with_keyset=True)
     library.impl(op, bump, "ADInplaceOrView", with_keyset=True)
 
 

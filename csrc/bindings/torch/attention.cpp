@@ -7,16 +7,13 @@
 #include "attention/compact_kv.h"
 #include "attention/copy_pages.h"
 #include "attention/merge_states.h"
+#include "bindings/torch/attention_args.h"
 #include "bindings/torch/convert.h"
 #include "core/check.h"
 
 namespace memkernels::binding {
 
-namespace {
-
 using attention::PagedAttentionArgs;
-
-Dtype accumulator(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 
 PagedAttentionArgs paged_attention_args(
     const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -48,6 +45,8 @@ PagedAttentionArgs paged_attention_args(
   a.max_seqlen = max_seqlen.value_or(-1);
   return a;
 }
+
+namespace {
 
 PagedAttentionArgs gather_attention_args(const char* op, const Tensor& q, const Tensor& k_cache,
                                          const Tensor& v_cache, const Tensor& indices,

@@ -49,6 +49,7 @@ template <class A>
 using Vec = typename VecOf<A>::type;
 using VecI32 = Vec<int32_t>;
 using VecU32 = Vec<uint32_t>;
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 
 template <class A>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
@@ -157,6 +158,32 @@ MK_INLINE T from_acc(Acc<T> x) {
     return out;
   } else {
     return x;
+  }
+}
+
+// A vector of consecutive elements, in their order.
+template <class T>
+MK_INLINE Vec<Acc<T>> load_ordered(const T* p) {
+  if constexpr (__is_same(T, bf16)) {
+    Halves bits;
+    memcpy(&bits, p, sizeof(bits));
+    return bit_cast<Vec<float>>(__builtin_convertvector(bits, VecU32) << 16);
+  } else if constexpr (__is_same(T, f16)) {
+#if defined(__AVX512F__)
+    __m256i bits;
+    memcpy(&bits, p, sizeof(bits));
+    return bit_cast<Vec<float>>(_mm512_cvtph_ps(bits));
+#elif defined(__F16C__)
+    __m128i bits;
+    memcpy(&bits, p, sizeof(bits));
+    return bit_cast<Vec<float>>(_mm256_cvtph_ps(bits));
+#else
+    Vec<float> x{};
+    for (int i = 0; i < kLanes<float>; ++i) x[i] = half_to_float(p[i].bits);
+    return x;
+#endif
+  } else {
+    return load(p);
   }
 }
 
@@ -300,6 +327,22 @@ struct IntOf<double> {
 };
 template <class A>
 using Lane = Vec<typename IntOf<A>::type>;
+
+// Bit i is set where lane i of a comparison holds.
+template <class A>
+MK_INLINE uint32_t lane_bits(Lane<A> holds) {
+#if defined(__AVX512F__)
+  static_assert(sizeof(A) == 4);
+  return _mm512_movepi32_mask(bit_cast<__m512i>(holds));
+#elif defined(__AVX2__)
+  static_assert(sizeof(A) == 4);
+  return _mm256_movemask_ps(bit_cast<__m256>(holds));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes<A>; ++i) bits |= static_cast<uint32_t>(holds[i] & 1) << i;
+  return bits;
+#endif
+}
 
 // For blocks of 2h lanes: the lower halves of a and b side by side, or the upper halves.
 template <class A, int h>

@@ -14,12 +14,30 @@ from memkernels.fallback.attention import (
     merge_states,
     paged_attention,
 )
+from memkernels.fallback.selection import (
+    attention_colstats,
+    evict,
+    indexer_scores,
+    knn_topk,
+    score_pages,
+    select_topk,
+    summarize_keys,
+    update_summaries,
+)
 
 __all__ = [
     "append_kv",
+    "attention_colstats",
     "compact_kv",
     "copy_pages",
+    "evict",
     "gather_attention",
+    "indexer_scores",
+    "knn_topk",
     "merge_states",
     "paged_attention",
+    "score_pages",
+    "select_topk",
+    "summarize_keys",
+    "update_summaries",
 ]

@@ -14,12 +14,30 @@ from memkernels.reference.attention import (
     merge_states,
     paged_attention,
 )
+from memkernels.reference.selection import (
+    attention_colstats,
+    evict,
+    indexer_scores,
+    knn_topk,
+    score_pages,
+    select_topk,
+    summarize_keys,
+    update_summaries,
+)
 
 __all__ = [
     "append_kv",
+    "attention_colstats",
     "compact_kv",
     "copy_pages",
+    "evict",
     "gather_attention",
+    "indexer_scores",
+    "knn_topk",
     "merge_states",
     "paged_attention",
+    "score_pages",
+    "select_topk",
+    "summarize_keys",
+    "update_summaries",
 ]
