@@ -337,5 +337,41 @@ def logsumexp_merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return ((lses - lse).exp()[..., None] * outs).sum(0), lse
 
 
+def page_scores(q: Tensor, summary: Tensor, page_table: Tensor) -> Tensor:
+    """Quest's bound in plain torch: gathered summaries times queries split by sign."""
+    gathered = summary[page_table]  # [B, pages, Hkv, 2, D]
+    queries = q.unflatten(1, (summary.shape[1], -1))  # [B, Hkv, group, D]
+    split = torch.cat([queries.clamp(max=0), queries.clamp(min=0)], -1)
+    scores = split @ gathered.flatten(3).permute(0, 2, 3, 1)  # [B, Hkv, group, pages]
+    return scores.amax(2) * q.shape[-1] ** -0.5
+
+
+def faiss_flat(q: Tensor, bank: Tensor, k: int) -> dict[str, Peer]:
+    """faiss's exact search by inner product."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise Absent("faiss: pip install faiss-cpu") from error
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexFlatIP(bank.shape[1])
+    index.add(bank.numpy())
+
+    def run():
+        values = index.search(q.numpy(), k)[0]
+        return lambda: torch.from_numpy(values)[:, None]
+
+    return {f"faiss IndexFlatIP {faiss.__version__}": run}
+
+
+def matmul_topk(q: Tensor, bank: Tensor, k: int) -> dict[str, Peer]:
+    """All scores, then the best."""
+    return {"torch matmul + topk": lambda: (q @ bank.T).topk(k).values[:, None]}
+
+
+def indexer_scores(q: Tensor, w: Tensor, k: Tensor) -> Tensor:
+    """The lightning indexer in plain torch."""
+    return torch.einsum("ths,th->ts", (q @ k.T).relu(), w)
+
+
 if __name__ == "__main__":
     _try(*sys.argv[1:])

@@ -24,7 +24,7 @@ import peers
 from case import Case, unit
 from memkernels import _C, _measure
 
-FAMILIES = ("attention",)
+FAMILIES = ("attention", "selection")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 

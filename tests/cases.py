@@ -11,9 +11,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+import memkernels
 from memkernels import fallback, reference
 
 POISON_PAGE = 2**31 - 1
+
+
+def arrays(arguments: dict) -> dict:
+    """Keyword arguments of a reference: tensors as float64, integer or boolean arrays."""
+
+    def convert(value):
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach().contiguous()
+        return (value.double() if value.is_floating_point() else value).numpy()
+
+    return {name: convert(value) for name, value in arguments.items()}
 
 
 @dataclass
@@ -38,14 +51,7 @@ class AttentionCase:
 
     def numpy(self) -> dict:
         """Keyword arguments of the reference: float64 and integer arrays."""
-
-        def convert(value):
-            if not isinstance(value, Tensor):
-                return value
-            value = value.detach().contiguous()
-            return (value.double() if value.is_floating_point() else value).numpy()
-
-        return {name: convert(value) for name, value in self.arguments().items()}
+        return arrays(self.arguments())
 
     def reference(self):
         """The reference's (out, lse), float64 arrays."""
@@ -256,6 +262,206 @@ def list_case(case: AttentionCase, indices: Tensor | None = None, unit: str = "p
     case = case.replace(unit=unit)
     fields = {f.name: getattr(case, f.name) for f in dataclasses.fields(case)}
     return GatherCase(**fields, indices=indices)
+
+
+def score_case(
+    kind: str,
+    lengths: list[int],
+    queries: list[int] | None = None,
+    *,
+    summary_dtype: torch.dtype | None = None,
+    shared_pages: bool = False,
+    causal: bool = True,
+    scale: float | None = None,
+    group_reduce: str = "max",
+    seed: int = 0,
+    **sizes,
+) -> dict:
+    """Random arguments of `memkernels.score_pages`; summaries of pages of no sequence are NaN.
+
+    Args:
+        kind: "minmax", whose minima need not be smaller here, or "mean".
+        summary_dtype: None: that `memkernels.summarize_keys` returns.
+        shared_pages: see `share_pages`.
+        sizes: further arguments of `attention_case`.
+    """
+    case = attention_case("paged", lengths, queries, seed=seed, **sizes)
+    if shared_pages:
+        case = share_pages(case, seed)
+    if summary_dtype is None:
+        widened = torch.promote_types(case.q.dtype, torch.float32)
+        summary_dtype = case.q.dtype if kind == "minmax" else widened
+    num_pages, page_size, num_kv_heads, head_dim = case.k_cache.shape
+    shape = (num_pages, num_kv_heads, *((2,) if kind == "minmax" else ()), head_dim)
+    generator = torch.Generator().manual_seed(seed + 1)
+    summary = torch.randn(shape, generator=generator).to(summary_dtype)
+    summary[~used_pages(case)] = torch.nan
+    return {
+        "q": case.q,
+        "summary": summary,
+        "page_table": case.page_table,
+        "seq_lens": case.seq_lens,
+        "page_size": page_size,
+        "cu_seqlens_q": case.cu_seqlens_q,
+        "kind": kind,
+        "group_reduce": group_reduce,
+        "causal": causal,
+        "scale": scale,
+    }
+
+
+def colstats_case(case: AttentionCase, **options) -> dict:
+    """Arguments of `memkernels.attention_colstats`, with the lse of the case's attention.
+
+    Args:
+        options: further arguments: reduce, threshold, ...
+    """
+    _, lse = memkernels.paged_attention(**case.arguments(), return_lse=True)
+    names = "q", "k_cache", "page_table", "seq_lens", "cu_seqlens_q", "key_bias"
+    tensors = {name: getattr(case, name) for name in names}
+    return tensors | {"lse": lse} | case.options | options
+
+
+def evict_case(
+    lengths: list[int],
+    budget: int | list[int],
+    *,
+    heads: int = 2,
+    levels: int = 9,
+    dtype: torch.dtype = torch.float32,
+    index_dtype: torch.dtype = torch.int32,
+    seed: int = 0,
+    **options,
+) -> dict:
+    """Random arguments of `memkernels.evict`: many ties, NaN and -inf, and inf behind the ends.
+
+    Args:
+        levels: different statistics, multiples of 1/4, so that their sums are exact.
+        options: further arguments of the op.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(lengths), heads, max(lengths, default=0) + 3)
+    stats = (torch.randint(levels, shape, generator=generator) - 2) / 4
+    special = torch.rand(shape, generator=generator)
+    stats[special < 0.1] = torch.nan
+    stats[special > 0.9] = -torch.inf
+    seq_lens = torch.tensor(lengths, dtype=index_dtype)
+    behind = torch.arange(shape[-1]) >= seq_lens[:, None]
+    stats = stats.masked_fill(behind[:, None], torch.inf).to(dtype)
+    if not isinstance(budget, int):
+        budget = torch.tensor(budget, dtype=index_dtype)
+    return {"stats": stats, "seq_lens": seq_lens, "budget": budget} | options
+
+
+def knn_case(
+    num_queries: int,
+    num_entries: int,
+    k: int,
+    *,
+    heads: int = 2,
+    head_dim: int = 16,
+    valid_len: list[int] | None = None,
+    integers: bool = False,
+    dtype: torch.dtype = torch.float32,
+    index_dtype: torch.dtype = torch.int32,
+    seed: int = 0,
+    **options,
+) -> dict:
+    """Random arguments of `memkernels.knn_topk`; entries that do not count are NaN.
+
+    Args:
+        integers: small ones, whose products and distances are exact and often equal.
+        options: metric and buckets.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def vectors(*shape):
+        if integers:
+            return torch.randint(-2, 3, shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    bank = vectors(heads, num_entries, head_dim)
+    if valid_len is not None:
+        valid_len = torch.tensor(valid_len, dtype=index_dtype)
+        bank[torch.arange(num_entries) >= valid_len[:, None]] = torch.nan
+    q = vectors(num_queries, heads, head_dim)
+    return {"q": q, "bank": bank, "valid_len": valid_len, "k": k} | options
+
+
+def indexer_case(
+    kind: str,
+    lengths: list[int],
+    queries: list[int] | None = None,
+    *,
+    heads: int = 4,
+    head_dim: int = 64,
+    w_dtype: torch.dtype | None = None,
+    causal: bool = True,
+    **sizes,
+) -> dict:
+    """Random arguments of `memkernels.indexer_scores`.
+
+    Args:
+        kind: "paged", "contiguous", or "alone": the keys of one sequence.
+        w_dtype: None: that of q.
+        sizes: further arguments of `attention_case`.
+    """
+    layout = "packed" if kind == "alone" else kind
+    sizes |= {"heads": (heads, 1), "head_dims": (head_dim, 1)}
+    case = attention_case(layout, lengths, queries, **sizes)
+    generator = torch.Generator().manual_seed(sizes.get("seed", 0) + 1)
+    arguments = {
+        "q": case.q,
+        "w": torch.randn(case.q.shape[:2], generator=generator).to(w_dtype or case.q.dtype),
+        "k": case.k_cache.select(-2, 0),
+        "page_table": case.page_table,
+        "seq_lens": case.seq_lens,
+        "cu_seqlens_q": case.cu_seqlens_q,
+        "causal": causal,
+    }
+    return arguments | ({"cu_seqlens_q": None} if kind == "alone" else {})
+
+
+def of_sequence(arguments: dict, b: int) -> dict:
+    """The arguments of a selection op for sequence b alone."""
+    rows, cu_seqlens_q = slice(b, b + 1), arguments.get("cu_seqlens_q")
+    if cu_seqlens_q is not None:
+        rows = slice(*cu_seqlens_q[b : b + 2].tolist())
+    slices = dict.fromkeys(("q", "w", "lse"), rows)
+    each = ["page_table", "seq_lens", "stats", "budget"]
+    if arguments.get("page_table") is None:
+        each += ["k", "k_cache", "key_bias"]
+    slices |= dict.fromkeys(each, slice(b, b + 1))
+    alone = {
+        name: value[slices[name]] if name in slices and isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+    if cu_seqlens_q is not None:
+        alone["cu_seqlens_q"] = cu_seqlens_q[b : b + 2] - cu_seqlens_q[b]
+    return alone
+
+
+def used_pages(case: AttentionCase) -> Tensor:
+    """``[num_pages]``: whether a sequence has the page."""
+    num_pages, page_size = case.k_cache.shape[:2]
+    used = torch.zeros(num_pages, dtype=torch.bool)
+    for pages, length in zip(case.page_table.long(), case.seq_lens.tolist(), strict=True):
+        pages = pages[: -(-length // page_size)]
+        used[pages[pages >= 0]] = True
+    return used
+
+
+def share_pages(case: AttentionCase, seed: int = 0) -> AttentionCase:
+    """The case with any pages in its tables: in several sequences, at several places, or absent.
+
+    Tokens that nobody had used before are still NaN.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    num_pages, page_size = case.k_cache.shape[:2]
+    table = case.page_table
+    drawn = torch.randint(-1, num_pages, table.shape, generator=generator).to(table.dtype)
+    read = torch.arange(table.shape[1]) * page_size < case.seq_lens[:, None]
+    return case.replace(page_table=drawn.where(read, table))
 
 
 def _poison_unseen(case):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import hypothesis
 import pytest
+import torch
 
 import cuda_ops
 import memkernels
@@ -40,14 +41,12 @@ def backend(name):
         return fallback
     if name == "cuda":
         return cuda_ops.namespace()
-    return SimpleNamespace(
-        paged_attention=functools.partial(memkernels.paged_attention, return_lse=True),
-        gather_attention=functools.partial(memkernels.gather_attention, return_lse=True),
-        merge_states=memkernels.merge_states,
-        append_kv=memkernels.append_kv,
-        copy_pages=memkernels.copy_pages,
-        compact_kv=memkernels.compact_kv,
-    )
+    everything = {
+        name: functools.partial(getattr(memkernels, name), return_lse=True)
+        for name in ("paged_attention", "gather_attention")
+    }
+    public = {name: getattr(memkernels, name) for name in memkernels.__all__}
+    return SimpleNamespace(**public | everything)
 
 
 @pytest.fixture(scope="session", params=["native", "fallback", "cuda"])
@@ -59,3 +58,17 @@ def ops(request):
 def kernels(request):
     """The backends with kernels of their own."""
     return backend(request.param)
+
+
+@pytest.fixture(scope="session", params=["native", "fallback"])
+def selection_ops(request):
+    """The backends of the selection family, which has no CUDA kernels yet."""
+    return backend(request.param)
+
+
+@pytest.fixture
+def num_threads():
+    """Sets torch's threads, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -97,7 +97,7 @@ def test_step():
     assert step.cu_seqlens_q.tolist() == [0, 5, 7]
     assert step.positions.tolist() == [0, 1, 2, 3, 4, 3, 4]
     assert step.slot_mapping.tolist() == [4, 5, 6, 7, 8, 3, 12]
-    assert step.max_seqlen == 5
+    assert (step.max_seqlen, step.seq_ids, step.num_new) == (5, (b, a), (5, 2))
     assert (cache.length(a), cache.num_free_pages) == (5, 4)
 
 

@@ -62,37 +62,50 @@ struct Score {
 
   static void run(const ScoreTask& task, void* scratch) { Score(task, scratch).run(); }
 
-  static MK_INLINE S convert(Q x) {
-    if constexpr (__is_same(Q, S)) {
-      return x;
-    } else {
-      return to_acc(x);
-    }
+  // The query as the row that is multiplied with summaries.
+  void write_row(const Q* q) const {
+    constexpr int W = kLanes<A>;
+    constexpr int step = __is_same(Q, S) ? kPair<S> : W;
+    const Vec<A> zero{};
+    // What is negative beside minima, what is positive beside maxima; a NaN beside both.
+    const auto write = [&](int64_t d, const Q* from, S* low, S* high) {
+      if constexpr (step == W) {
+        const Vec<A> x = load_ordered(from + d);
+        if (a.kind == SummaryKind::mean) return store(low + d, x);
+        store(low + d, x > zero ? zero : x);
+        store(high + d, x < zero ? zero : x);
+      } else {
+        Vec<A> x, y;
+        load_pair(from + d, x, y);
+        if (a.kind == SummaryKind::mean) return store_pair(low + d, x, y);
+        store_pair(low + d, x > zero ? zero : x, y > zero ? zero : y);
+        store_pair(high + d, x < zero ? zero : x, y < zero ? zero : y);
+      }
+    };
+    int64_t d = 0;
+    for (; d + step <= dim; d += step) write(d, q, s.row, s.row + dim);
+    if (d == dim) return;
+    Q rest[step] = {};
+    S low[step], high[step];
+    memcpy(static_cast<void*>(rest), q + d, (dim - d) * sizeof(Q));
+    write(0, rest, low, high);
+    memcpy(static_cast<void*>(s.row + d), low, (dim - d) * sizeof(S));
+    if (a.kind == SummaryKind::mean) return;
+    memcpy(static_cast<void*>(s.row + dim + d), high, (dim - d) * sizeof(S));
   }
 
   void pack_queries() {
     const Q* q = static_cast<const Q*>(a.q.data);
-    const S zero = from_acc<S>(A(0));
     for (int64_t h = 0; h < heads; ++h) {
       for (int64_t r = 0; r < rows; ++r) {
-        const Q* from = q + (task.first_query + r / group) * a.q.stride[0] +
-                        (h * group + r % group) * a.q.stride[1];
-        for (int64_t d = 0; d < dim; ++d) {
-          const S x = convert(from[d]);
-          if (a.kind == SummaryKind::minmax) {
-            const A value = to_acc(x);  // a NaN goes into both
-            s.row[d] = value > 0 ? zero : x;
-            s.row[dim + d] = value < 0 ? zero : x;
-          } else {
-            s.row[d] = x;
-          }
-        }
+        write_row(q + (task.first_query + r / group) * a.q.stride[0] +
+                  (h * group + r % group) * a.q.stride[1]);
         const S* packed = s.row;
         q_stride = round_up(width, kPair<S>) / Math<S>::kElements;
         pack_a<S>(&packed, 1, width, s.q + (h * rows + r) * q_stride);
       }
     }
-    for (int64_t d = 0; d < width; ++d) s.zeros[d] = zero;
+    memset(static_cast<void*>(s.zeros), 0, width * sizeof(S));
   }
 
   // Summaries of a block's pages for head 0; null where there is none.
@@ -138,13 +151,15 @@ struct Score {
     Upcoming(const Block& block, int64_t page_elements, int64_t tiles)
         : block(block),
           page_bytes(page_elements * static_cast<int64_t>(sizeof(S))),
-          step_bytes(round_up(page_bytes * kBlockPages / tiles + 1, 64)) {}
+          step_bytes(round_up((page_bytes * kBlockPages + tiles - 1) / tiles, 64)) {}
     MK_INLINE void prefetch() {
-      for (int64_t n = 0; n < step_bytes && page < block.count; n += 64) {
+      for (int64_t left = step_bytes; left > 0 && page < block.count;) {
         const char* data = reinterpret_cast<const char*>(block.page[page]);
-        if (data != nullptr) __builtin_prefetch(data + at, 0, 2);
-        at += 64;
-        if (at >= page_bytes) {
+        const int64_t end = at + left < page_bytes ? at + left : page_bytes;
+        for (int64_t n = at; n < end && data != nullptr; n += 64) __builtin_prefetch(data + n, 0, 2);
+        left -= end - at;
+        at = end;
+        if (at == page_bytes) {
           at = 0;
           ++page;
         }
@@ -181,27 +196,28 @@ struct Score {
   void write(const Block& block, int64_t h) const {
     const A scale = static_cast<A>(a.scale);
     const A share = a.reduce == GroupReduce::mean ? scale / static_cast<A>(group) : scale;
-    A* out = static_cast<A*>(a.scores.data);
+    A values[kBlockPages];
     for (int64_t i = 0; i < task.num_queries; ++i) {
-      A* row = out + ((task.first_query + i) * heads + h) * a.scores.shape[2] + block.begin;
-      for (int64_t j = 0; j < block.count; ++j) {
-        const int64_t first_token = (block.begin + j) * a.page_size;
-        if (block.page[j] == nullptr || (a.causal && first_token > task.position + i)) {
-          row[j] = -kInfinity<A>;
-          continue;
-        }
-        const A* scores = s.scores + i * group * attention::kBlockKeys + j;
-        A value = scores[0] * share;
+      const A* scores = s.scores + i * group * attention::kBlockKeys;
+      for (int j = 0; j < kBlockPages; j += kLanes<A>) {
+        Vec<A> value = load(scores + j) * share;
         for (int64_t g = 1; g < group; ++g) {
-          const A other = scores[g * attention::kBlockKeys] * share;
+          const Vec<A> other = load(scores + g * attention::kBlockKeys + j) * share;
           if (a.reduce != GroupReduce::max) {
             value += other;
-          } else if (other > value || other != other) {  // a NaN stays
-            value = other;
+          } else {  // a NaN stays
+            value = (other > value) | (other != other) ? other : value;
           }
         }
-        row[j] = value;
+        store(values + j, value);
       }
+      for (int64_t j = 0; j < block.count; ++j) {
+        const bool hidden = a.causal && (block.begin + j) * a.page_size > task.position + i;
+        if (block.page[j] == nullptr || hidden) values[j] = -kInfinity<A>;
+      }
+      memcpy(static_cast<A*>(a.scores.data) +
+                 ((task.first_query + i) * heads + h) * a.scores.shape[2] + block.begin,
+             values, block.count * sizeof(A));
     }
   }
 };

@@ -29,7 +29,8 @@ struct Select {
 
   struct Scratch {
     Key<A>* keys;      // of the group maxima, then of the candidates
-    int32_t* indices;  // of the candidates
+    A* scores;         // of the candidates
+    int32_t* indices;
     size_t bytes;
 
     Scratch(const SelectRow& row, void* base) {
@@ -41,6 +42,7 @@ struct Select {
       const int64_t size = (row.any || n < most ? n : most) + 2 * W;
       Arena arena{static_cast<char*>(base)};
       keys = arena.take<Key<A>>(size);
+      scores = arena.take<A>(size);
       indices = arena.take<int32_t>(size);
       bytes = arena.used;
     }
@@ -51,18 +53,23 @@ struct Select {
   // The key of a score that at least k of n scores reach, if that many lie above -inf.
   static Key<A> find_floor(const T* scores, int64_t n, int64_t k, Key<A>* keys) {
     const int64_t group = group_size(n, k), block = group * W;
-    int64_t num_groups = 0;
-    for (int64_t begin = 0; begin < n; begin += block, num_groups += W) {
+    int64_t num_groups = 0, i = 0;
+    for (; i + block <= n; num_groups += W) {
       Vec<A> most = splat(-kInfinity<A>);
-      const int64_t end = n - begin < block ? n : begin + block;
-      for (int64_t i = begin; i < end; i += W) most = vmax(ordered(scores, i, n), most);
+      for (const int64_t end = i + block; i < end; i += W) most = vmax(load_ordered(scores + i), most);
       store(keys + num_groups, keys_of<A>(most));
+    }
+    if (i < n) {
+      Vec<A> most = splat(-kInfinity<A>);
+      for (; i < n; i += W) most = vmax(load_last(scores, i, n), most);
+      store(keys + num_groups, keys_of<A>(most));
+      num_groups += W;
     }
     return kth_largest<A>(keys, num_groups, k);
   }
 
   // W scores from the i-th on, those at n and beyond -inf.
-  static MK_INLINE Vec<A> ordered(const T* scores, int64_t i, int64_t n) {
+  static MK_INLINE Vec<A> load_last(const T* scores, int64_t i, int64_t n) {
     if (i + W <= n) return load_ordered(scores + i);
     T padded[W] = {};
     for (int64_t j = i; j < n; ++j) padded[j - i] = scores[j];
@@ -81,55 +88,54 @@ struct Select {
     if (k < n) floor = find_floor(scores, n, k, s.keys);
     if (!row.any && lowest > -kInfinity<A> && key_of<A>(lowest) > floor) floor = key_of<A>(lowest);
 
-    // Those above the floor, and the first k on it.
-    const bool everything = floor <= none;  // that may be selected
+    // Those above the floor, and the first k on it. Below -inf there is no floor.
+    const bool bounded = floor > none;
     const A least = value_of<A>(floor);
     int64_t count = 0, on_floor = 0;
-    const auto take = [&](int64_t i, Vec<A> x, uint32_t bits) __attribute__((always_inline)) {
-      const Lane<A> keys = keys_of<A>(x);
+    const auto take = [&](int64_t i, uint32_t bits) __attribute__((always_inline)) {
       for (; bits != 0; bits &= bits - 1) {
-        const int lane = __builtin_ctz(bits);
-        if (!everything && keys[lane] == floor && on_floor++ >= k) continue;
-        s.keys[count] = keys[lane];
-        s.indices[count++] = static_cast<int32_t>(i + lane);
+        const int64_t index = i + __builtin_ctz(bits);
+        const A score = to_acc(scores[index]);
+        if (bounded && score == least && on_floor++ >= k) continue;
+        s.scores[count] = score;
+        s.indices[count++] = static_cast<int32_t>(index);
       }
     };
     int64_t i = 0;
-    if (!everything) {
-      for (; i + 4 * W <= n; i += 4 * W) {
-        Vec<A> x[4];
-        Lane<A> some{};
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          x[j] = load_ordered(scores + i + j * W);
-          some |= x[j] >= least;
-        }
-        if (lane_bits<A>(some) == 0) continue;
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) take(i + j * W, x[j], lane_bits<A>(x[j] >= least));
+    constexpr int kAtOnce = 32 / W;
+    for (; bounded && i + 32 <= n; i += 32) {
+      uint32_t bits = 0;
+#pragma GCC unroll 16
+      for (int j = 0; j < kAtOnce; ++j) {
+        bits |= lane_bits<A>(load_ordered(scores + i + j * W) >= least) << (j * W);
       }
+      take(i, bits);
     }
     for (; i < n; i += W) {
-      const Vec<A> x = ordered(scores, i, n);
-      uint32_t bits = lane_bits<A>(!everything ? x >= least : x > -kInfinity<A>);
-      if (everything && row.any) bits = ~0u;
-      if (n - i < 32) bits &= (uint32_t{1} << (n - i)) - 1;
-      take(i, x, W < 32 ? bits & ((uint32_t{1} << W) - 1) : bits);
+      const Vec<A> x = load_last(scores, i, n);
+      uint32_t bits = lane_bits<A>(bounded ? x >= least : x > -kInfinity<A>);
+      if (row.any && !bounded) bits = (uint32_t{1} << (n - i < W ? n - i : W)) - 1;
+      take(i, bits);
     }
 
-    if (count <= k) {
-      for (int64_t c = 0; c < count; ++c) out[c] = s.indices[c] + offset;
-      return count;
-    }
+    if (count > k) count = keep_best(count, k, s);
+    for (int64_t c = 0; c < count; ++c) out[c] = s.indices[c] + offset;
+    return count;
+  }
+
+  // Of `count` candidates the k best, moved together.
+  static int64_t keep_best(int64_t count, int64_t k, const Scratch& s) {
+    for (int64_t c = 0; c < count; c += W) store(s.keys + c, keys_of<A>(load(s.scores + c)));
     const Key<A> cut = kth_largest<A>(s.keys, count, k);
-    int64_t equal = k;  // that are still to be taken
-    for (int64_t c = 0; c < count; ++c) equal -= s.keys[c] > cut;
-    int64_t chosen = 0;
-    for (int64_t c = 0; c < count && chosen < k; ++c) {
-      if (s.keys[c] < cut || (s.keys[c] == cut && equal-- <= 0)) continue;
-      out[chosen++] = s.indices[c] + offset;
+    int64_t equal = k - count_reaching<A>(s.keys, round_up(count, W), static_cast<Key<A>>(cut + 1));
+    int64_t kept = 0;
+    for (int64_t c = 0; c < count; ++c) {
+      s.indices[kept] = s.indices[c];
+      const bool ties = s.keys[c] == cut && equal > 0;
+      equal -= ties;
+      kept += s.keys[c] > cut || ties;
     }
-    return chosen;
+    return kept;
   }
 
   static void run(const SelectRow& row, void* scratch) {

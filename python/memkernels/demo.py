@@ -2,7 +2,8 @@
 
 1. A table of the ops, against float64, against what this machine can do, and against torch.
 2. A byte-level transformer trained on Python's own documentation with `paged_attention` in forward
-   and backward, then served from a `PagedKVCache`, and timed beside the same model on torch.
+   and backward, then served from a `PagedKVCache`, under policies that read or keep only some of
+   it, and timed beside the same model on torch.
 
 `Transformer` and the three attention functions after it are the example to start from: one model
 trains on packed sequences, decodes from pages, or runs on torch, by the function it is given.
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import memkernels
-from memkernels import demo_ops
+from memkernels import demo_ops, demo_policies
 from memkernels.nn import PagedKVCache, Step
 
 try:
@@ -35,6 +36,7 @@ NUM_HEADS = 8
 NUM_KV_HEADS = 2
 HEAD_DIM = 32
 PAGE_SIZE = 16
+CONTEXT = 512  # of training
 
 PROMPTS = (
     "The ",
@@ -155,7 +157,7 @@ def load_text() -> tuple[Tensor, Tensor]:
     return data[:-held_out], data[-held_out:]
 
 
-def train(model: Transformer, steps: int, batch: int = 4, length: int = 256):
+def train(model: Transformer, steps: int, batch: int = 2, length: int = CONTEXT):
     """Returns the loss of every step, and the held-out loss as (step, loss) pairs."""
     data, held_out = load_text()
     attend = packed_attention(torch.arange(0, batch * length + 1, length))
@@ -194,6 +196,20 @@ def train(model: Transformer, steps: int, batch: int = 4, length: int = 256):
 # ---- serve ---------------------------------------------------------------------------------------
 
 
+def make_cache(lengths: list[int]) -> PagedKVCache:
+    """With room for sequences of these lengths."""
+    pages = sum(-(-length // PAGE_SIZE) for length in lengths)
+    return PagedKVCache(
+        NUM_LAYERS,
+        pages,
+        PAGE_SIZE,
+        NUM_KV_HEADS,
+        HEAD_DIM,
+        max_seqs=len(lengths),
+        max_seq_len=max(lengths),
+    )
+
+
 @torch.no_grad()
 def generate(model: Transformer, prompts: list[Tensor], count: int, temperature: float = 0.6):
     """Continues prompts of different lengths side by side by count bytes each.
@@ -201,10 +217,7 @@ def generate(model: Transformer, prompts: list[Tensor], count: int, temperature:
     Returns:
         The new tokens and the logits they were drawn from: ``[B, count]``, ``[B, count, 256]``.
     """
-    capacity = sum(-(-(len(prompt) + count) // PAGE_SIZE) for prompt in prompts)  # pages
-    cache = PagedKVCache(
-        NUM_LAYERS, capacity, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, max_seqs=len(prompts)
-    )
+    cache = make_cache([len(prompt) + count for prompt in prompts])
     ids = cache.allocate(len(prompts))
     generator = torch.Generator().manual_seed(0)
     drawn, logits = [], []
@@ -251,7 +264,6 @@ def serve_alike(model: Transformer, prefix_len: int, batch: int, count: int) -> 
     text, _ = load_text()
     prefix, rest = text[:prefix_len], text[prefix_len:]
     prompts = [torch.cat((prefix, rest[40 * b : 40 * b + 20 + b])) for b in range(batch)]
-    capacity = sum(-(-(len(prompt) + count) // PAGE_SIZE) for prompt in prompts)  # pages
     token_bytes = NUM_LAYERS * NUM_KV_HEADS * 2 * HEAD_DIM * 4  # of keys and values
     logits: list[Tensor] = []
     print(
@@ -260,9 +272,8 @@ def serve_alike(model: Transformer, prefix_len: int, batch: int, count: int) -> 
     )
     print(f"{'KV saved':>11}{'step':>10}")
     for shared in False, True:
-        cache = PagedKVCache(
-            NUM_LAYERS, capacity, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, max_seqs=batch
-        )
+        cache = make_cache([len(prompt) + count for prompt in prompts])
+        capacity = cache.num_free_pages
         start, computed, ids = time.perf_counter(), 0, []
         for prompt in prompts:
             seq_id, held = cache.reuse(prompt)
@@ -315,8 +326,7 @@ def race(model: Transformer, context: int, batch: int = 8, steps: int = 10):
         (seconds, of which attention) of the best step on memkernels and on torch, and the largest
         difference between their logits.
     """
-    pages = -(-(context + steps) // PAGE_SIZE) * batch
-    cache = PagedKVCache(NUM_LAYERS, pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, max_seqs=batch)
+    cache = make_cache([context + steps] * batch)
     ids = cache.allocate(batch)
     for _ in range(0, context, PAGE_SIZE):  # side by side, so that their pages interleave
         step = cache.extend(ids, PAGE_SIZE)
@@ -412,6 +422,10 @@ def main(quick: bool = False, out: str = "memkernels_demo.png") -> None:
     batch, prefix_len = (4, 512) if quick else (16, 2048)
     print(f"\n{batch} prompts that share their first {prefix_len} bytes\n")
     serve_alike(model, prefix_len, batch, count=8)
+
+    print(f"\n8 held-out texts of {CONTEXT} bytes, a quarter of them to keep or to read\n")
+    prompt = CONTEXT - (32 if quick else 128)
+    demo_policies.table(model, make_cache, load_text()[1], CONTEXT, prompt)
 
     print("\nDecoding 8 sequences: tokens/s in the best step (attention's share of it)\n")
     contexts = (256, 1024) if quick else (1024, 4096, 16384)

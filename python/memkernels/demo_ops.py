@@ -215,6 +215,117 @@ def merge(limit: float, count: int) -> Case:
     )
 
 
+def score(limit: float, batch: int, length: int) -> Case:
+    """Quest's bound on every page of a sequence; bytes are those of the summaries."""
+    pages = length // PAGE_SIZE
+    q = torch.randn(batch, 32, 128).bfloat16()
+    k = torch.randn(batch * pages, PAGE_SIZE, 8, 128).to(q.dtype)
+    page_table = torch.randperm(batch * pages).view(batch, pages)
+    seq_lens = torch.full((batch,), length)
+    summary = memkernels.summarize_keys(k, page_table, seq_lens)
+
+    def peer():
+        queries = q.unflatten(1, (8, 4))
+        split = torch.cat([queries.clamp(max=0), queries.clamp(min=0)], -1)
+        rows = summary[page_table].flatten(3).permute(0, 2, 3, 1)  # [B, Hkv, 2 D, pages]
+        return ((split @ rows).amax(2) * 128**-0.5,)
+
+    exact = fallback.score_pages(
+        q[:1].double(), summary.double(), page_table[:1], seq_lens[:1], PAGE_SIZE
+    )
+    return Case(
+        op="score_pages",
+        dtype="bf16",
+        shape=f"{batch} x {pages} pages",
+        ours=lambda: (memkernels.score_pages(q, summary, page_table, seq_lens, PAGE_SIZE),),
+        peer=peer,
+        exact=(exact,),
+        work=summary.nbytes,
+        unit="GB/s",
+        limit=limit,
+    )
+
+
+def select(limit: float, rows: int, columns: int, k: int) -> Case:
+    """The best of each row, in order; the peer leaves them in the order of their scores."""
+    scores = torch.randn(rows, columns)
+    return Case(
+        op="select_topk",
+        dtype="f32",
+        shape=f"{rows} x {columns}, k {k}",
+        ours=lambda: (memkernels.select_topk(scores, k),),
+        peer=lambda: (scores.topk(k).indices.sort().values,),
+        exact=(fallback.select_topk(scores[:8].double(), k).double(),),
+        work=scores.nbytes,
+        unit="GB/s",
+        limit=limit,
+    )
+
+
+def colstats(limit: float, batch: int, length: int) -> Case:
+    """The attention that each cached token gets from one query a sequence."""
+    pages = length // PAGE_SIZE
+    q = torch.randn(batch, 32, 128).bfloat16()
+    k = torch.randn(batch * pages, PAGE_SIZE, 8, 128).to(q.dtype)
+    page_table = torch.randperm(batch * pages).view(batch, pages)
+    cache = page_table, torch.full((batch,), length), None
+    _, lse = memkernels.paged_attention(q, k, k, *cache, return_lse=True)
+
+    def peer():
+        keys = k[page_table].flatten(1, 2).permute(0, 2, 3, 1)  # [B, Hkv, D, length]
+        logits = q.unflatten(1, (8, 4)) @ keys * 128**-0.5
+        return (logits.float().softmax(-1).sum(2),)
+
+    one = q[:1].double(), k.double(), page_table[:1], cache[1][:1], None
+    _, exact_lse = fallback.paged_attention(*one[:2], one[1], *one[2:])
+    return Case(
+        op="attention_colstats",
+        dtype="bf16",
+        shape=f"{batch} x {length}, heads 32/8 x 128",
+        ours=lambda: (memkernels.attention_colstats(q, k, *cache, lse),),
+        peer=peer,
+        exact=(fallback.attention_colstats(*one, exact_lse),),
+        work=k.nbytes,
+        unit="GB/s",
+        limit=limit,
+    )
+
+
+def nearest(limit: float, queries: int, entries: int, k: int) -> Case:
+    """The nearest entries of a bank, by dot product."""
+    q, bank = torch.randn(queries, 1, 128), torch.randn(1, entries, 128)
+    exact = (q[:8, 0].double() @ bank[0].double().T).topk(k).values
+    return Case(
+        op="knn_topk",
+        dtype="f32",
+        shape=f"{queries} of {entries}, k {k}",
+        ours=lambda: (memkernels.knn_topk(q, bank, None, k)[0][:, 0],),
+        peer=lambda: ((q[:, 0] @ bank[0].T).topk(k).values,),
+        exact=(exact,),
+        work=2 * 128 * queries * entries,
+        unit="GFLOP/s",
+        limit=limit,
+    )
+
+
+def indexer(limit: float, queries: int, keys: int, heads: int) -> Case:
+    """A lightning indexer's scores of all keys."""
+    q, w = torch.randn(queries, heads, 128).bfloat16(), torch.randn(queries, heads)
+    k = torch.randn(keys, 128).bfloat16()
+    exact = torch.einsum("ths,th->ts", (q[:8].double() @ k.double().T).relu(), w[:8].double())
+    return Case(
+        op="indexer_scores",
+        dtype="bf16",
+        shape=f"{queries} x {keys}, heads {heads}",
+        ours=lambda: (memkernels.indexer_scores(q, w, k, causal=False),),
+        peer=lambda: (torch.einsum("ths,th->ts", (q @ k.T).relu().float(), w),),
+        exact=(exact,),
+        work=2 * 128 * queries * keys * heads,
+        unit="GFLOP/s",
+        limit=limit,
+    )
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 
@@ -244,6 +355,11 @@ def table(quick: bool = False) -> None:
         lambda: append(bandwidth, 8192 // scale),
         lambda: compact(bandwidth, 16384 // scale),
         lambda: merge(bandwidth, 2048 // scale),
+        lambda: score(bandwidth, 4, 32768 // scale),
+        lambda: select(bandwidth, 64, 8192 // scale, 128),
+        lambda: colstats(bandwidth, 4, 4096 // scale),
+        lambda: nearest(flops["f32"], 64, 65536 // scale, 32),
+        lambda: indexer(flops["bf16"], 32, 4096 // scale, 64),
     ]
     for make in cases:
         case = make()
@@ -259,7 +375,7 @@ def table(quick: bool = False) -> None:
         """
   error: against float64, the largest over the largest exact number, and torch's beside it.
   torch, last: its time over ours; scaled_dot_product_attention (decode: after gathering the pages,
-  which is part of its time), index_copy_, gather, logsumexp with a weighted sum. training: forward
-  and backward. Bytes are those of keys and values; for append_kv, compact_kv and merge_states read
-  and written."""
+  which is part of its time), index_copy_, gather, logsumexp with a weighted sum, matmul with topk,
+  softmax or relu. training: forward and backward. Bytes are those of keys and values, summaries or
+  scores; for append_kv, compact_kv and merge_states read and written."""
     )

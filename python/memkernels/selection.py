@@ -3,8 +3,8 @@
 Score, select, attend, forget. `summarize_keys` and `score_pages` rank the pages of a sequence for a
 query, `select_topk` makes lists of the best, which `memkernels.gather_attention` attends to.
 `attention_colstats` adds up the attention that keys receive, `evict` turns that into what
-`memkernels.compact_kv` is to keep. `knn_topk` searches a bank of keys, `indexer_scores` ranks tokens
-by small heads of their own.
+`memkernels.compact_kv` is to keep. `knn_topk` searches a bank of keys, and `indexer_scores` ranks
+tokens by small heads of their own.
 """
 
 from __future__ import annotations

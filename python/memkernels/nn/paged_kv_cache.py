@@ -28,7 +28,10 @@ class Step:
     cu_seqlens_q: Tensor  # [B + 1] int32, where the new tokens of each sequence begin and end
     positions: Tensor  # [T] int64, of each new token in its sequence
     slot_mapping: Tensor  # [T] int64, page * page_size + offset
-    max_seqlen: int  # the largest of seq_lens, known to the host
+    # Known to the host:
+    max_seqlen: int  # the largest of seq_lens
+    seq_ids: tuple[int, ...]  # of the B sequences
+    num_new: tuple[int, ...]  # new tokens of each
 
 
 class PagedKVCache:
@@ -430,6 +433,8 @@ class PagedKVCache:
             positions=self._to_device(position),
             slot_mapping=self._to_device(page * self.page_size + position % self.page_size),
             max_seqlen=max_seqlen,
+            seq_ids=tuple(seq_ids),
+            num_new=tuple(counts),
         )
 
     def _check_ids(self, seq_ids: Sequence[int]) -> None:
