@@ -79,7 +79,11 @@ def scores(batch: int, length: int, page_size: int, *, layers: int = 6) -> Case:
     return Case(
         f"score_pages bf16 {batch} x {length}, page {page_size}",
         in_turns([x.scores for x in stack]),
-        {"read": stack[0].summary.nbytes, "flops bf16": 2 * HEADS * stack[0].summary.numel() / 8},
+        {
+            "read": stack[0].summary.nbytes,
+            "gather 4096": stack[0].summary.nbytes,  # what lies together of a page
+            "flops bf16": 2 * HEADS / KV_HEADS * stack[0].summary.numel(),
+        },
         {"torch gather + matmul": in_turns(peer)},
     )
 

@@ -1,4 +1,4 @@
-"""Draws the README's table of speeds from a record: ``python bench/report.py RECORD.json``."""
+"""Draws the README's tables of speeds from records: ``python bench/report.py RECORD.json ...``."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def table(record: dict) -> str:
     return "\n".join(lines)
 
 
-def main(record: str) -> None:
+def main(*records: str) -> None:
     text = README.read_text()
-    drawn = table(json.loads(Path(record).read_text()))
+    drawn = "\n\n".join(table(json.loads(Path(record).read_text())) for record in records)
     pattern = r"<!-- results -->.*<!-- /results -->"
     README.write_text(
         re.sub(

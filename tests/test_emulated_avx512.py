@@ -22,6 +22,9 @@ TESTS = (
     "test_append_merge.py",
     "test_gather_attention.py",
     "test_shared_prefix.py",
+    "test_selection.py",
+    "test_colstats.py",
+    "test_knn_indexer.py",
 )
 # What does not run the kernels, or measures them.
 EXCLUDED = ("fallback", "every_isa", "compile", "export", "opcheck", "saves_time")

@@ -96,8 +96,9 @@ struct Colstats {
     const A least = static_cast<A>(given == given ? given : 1.0 / (at > 0 ? at + 1.0 : 1.0));
     const A largest = 88;  // what exp() takes; no probability comes near it
     for (int j = 0; j < kBlockKeys; j += kLanes<A>) {
-      const Vec<A> x = load(scores + j) - lse;
-      const Vec<A> probability = exp(x > largest ? splat(largest) : x);
+      const Vec<A> logits = load(scores + j), x = logits - lse;
+      const Lane<A> visible = logits != -kInfinity<A>;
+      const Vec<A> probability = visible ? exp(x > largest ? splat(largest) : x) : Vec<A>{};
       const Vec<A> old = load(columns + j);
       switch (args.reduce) {
         case ColumnReduce::sum:
@@ -108,7 +109,7 @@ struct Colstats {
                 (probability > old) | (probability != probability) ? probability : old);
           break;
         case ColumnReduce::count:
-          store(columns + j, (probability >= least) & (x > -kInfinity<A>) ? old + A(1) : old);
+          store(columns + j, (probability >= least) & visible ? old + A(1) : old);
           break;
       }
     }

@@ -1,7 +1,6 @@
 #include "selection/knn_topk.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -48,20 +47,6 @@ struct Found {
   }
 };
 
-// What ranks entries to what the metric says of them, given the square of the query's norm.
-template <class A>
-A value_of(Metric metric, A rank, A square) {
-  switch (metric) {
-    case Metric::cosine:
-      return square > 0 ? rank / std::sqrt(square) : A(0);
-    case Metric::l2:
-      return std::max(A(0), square - 2 * rank);
-    case Metric::dot:
-      return rank;
-  }
-  return rank;
-}
-
 // The best of what the tasks of one head have found for a query, in order.
 template <class A>
 void finish(const KnnArgs& a, const KnnTask* tasks, int64_t num_tasks, int64_t query,
@@ -77,18 +62,12 @@ void finish(const KnnArgs& a, const KnnTask* tasks, int64_t num_tasks, int64_t q
   }
   const int64_t count = std::min<int64_t>(k, static_cast<int64_t>(all.size()));
   std::partial_sort(all.begin(), all.begin() + count, all.end());
-  A square = 0;
-  for (int64_t d = 0; d < a.q.shape[2] && a.metric != Metric::dot; ++d) {
-    const double x =
-        load_scalar(a.q.data, a.q.dtype, query * a.q.stride[0] + head * a.q.stride[1] + d);
-    square += static_cast<A>(x * x);
-  }
-  const A worst = (a.metric == Metric::l2 ? 1 : -1) * std::numeric_limits<A>::infinity();
+  const A sign = a.metric == Metric::l2 ? -1 : 1;
+  const A worst = -sign * std::numeric_limits<A>::infinity();
   const int64_t out = (query * a.q.shape[1] + head) * k;
   for (int64_t i = 0; i < k; ++i) {
     const bool any = i < count;
-    static_cast<A*>(a.values.data)[out + i] =
-        any ? value_of(a.metric, all[i].value, square) : worst;
+    static_cast<A*>(a.values.data)[out + i] = any ? sign * all[i].value : worst;
     static_cast<int64_t*>(a.indices.data)[out + i] = any ? all[i].index : -1;
   }
 }

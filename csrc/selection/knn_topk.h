@@ -39,7 +39,7 @@ struct KnnTask {
   int64_t room;
 };
 
-// Values rank entries, larger ones first: q . b, over |b| for cosine, less |b|^2 / 2 for l2.
+// Values rank entries, larger ones first: for l2 they are negated.
 struct KnnKernel {
   size_t (*scratch_bytes)(const KnnArgs& args, int64_t room);
   void (*run)(const KnnArgs& args, const KnnTask& task, void* scratch);

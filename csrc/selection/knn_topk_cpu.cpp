@@ -35,8 +35,8 @@ struct Knn {
     Unit* q;         // columns or rows of a product, of units of dim
     Unit* packed;    // [kBlockEntries] of units of dim
     A* scores;       // [kBlockEntries][kKnnQueries], or [kFewQueries][kBlockKeys]
-    A* weights;      // [kBlockEntries]: what scores of an entry are multiplied by,
-    A* offsets;      // and what is added then
+    A* queries;      // [kKnnQueries]: what is measured of a query,
+    A* entries;      // [kBlockEntries]: and of an entry
     A* floors;       // [kKnnQueries]: what an entry must exceed
     int32_t* found;  // [kKnnQueries]
     A* values;       // [kKnnQueries][room]
@@ -52,8 +52,8 @@ struct Knn {
       q = arena.take<Unit>(kKnnQueries * dim);
       packed = arena.take<Unit>(kBlockEntries * dim);
       scores = arena.take<A>(kBlockEntries * kKnnQueries);
-      weights = arena.take<A>(kBlockEntries);
-      offsets = arena.take<A>(kBlockEntries);
+      queries = arena.take<A>(kKnnQueries);
+      entries = arena.take<A>(kBlockEntries);
       floors = arena.take<A>(kKnnQueries);
       found = arena.take<int32_t>(kKnnQueries);
       values = arena.take<A>(args.buckets > 0 ? 0 : kKnnQueries * room);
@@ -103,6 +103,9 @@ struct Knn {
                       ? q + (task.first_query + i) * args.q.stride[0] + task.head * args.q.stride[1]
                       : nullptr;
     }
+    for (int64_t i = 0; i < task.num_queries && args.metric != Metric::dot; ++i) {
+      s.queries[i] = measure(s.rows[i]);
+    }
     if (few) {
       q_stride = pack_a<T>(s.rows, padded, dim, s.q);
     } else {
@@ -120,7 +123,9 @@ struct Knn {
   int64_t block_entries() const { return few ? kBlockKeys : kBlockEntries; }
 
   void score(int64_t begin, int64_t count) {
-    if (args.metric != Metric::dot) weigh(begin, count);
+    for (int64_t i = 0; i < count && args.metric != Metric::dot; ++i) {
+      s.entries[i] = measure(entry(begin + i));
+    }
     if (few) {
       score_few(begin, count);
     } else {
@@ -128,29 +133,25 @@ struct Knn {
     }
   }
 
-  void weigh(int64_t begin, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      const T* row = entry(begin + i);
-      Vec<A> sums[2] = {}, x, y;
-      for (int64_t d = 0; d < dim; d += kPair<T>) {
-        load_chunk(row, d, dim, x, y);
-        sums[0] += x * x;
-        sums[1] += y * y;
-      }
-      const A square = sum<A>(sums[0] + sums[1]);
-      if (args.metric == Metric::cosine) {
-        s.weights[i] = square > 0 ? A(1) / static_cast<A>(__builtin_sqrt(square)) : A(0);
-      } else {
-        s.offsets[i] = square / 2;
-      }
+  // What the metric wants to know of a vector: 1 / |row| or |row|^2.
+  A measure(const T* row) const {
+    Vec<A> sums[2] = {}, x, y;
+    for (int64_t d = 0; d < dim; d += kPair<T>) {
+      load_chunk(row, d, dim, x, y);
+      sums[0] += x * x;
+      sums[1] += y * y;
     }
+    const A square = sum<A>(sums[0] + sums[1]);
+    if (args.metric == Metric::l2) return square;
+    return square > 0 ? A(1) / static_cast<A>(__builtin_sqrt(square)) : A(0);
   }
 
-  // W scores of one entry, or of W entries, to what ranks them.
-  MK_INLINE Vec<A> rank(Vec<A> scores, Vec<A> weights, Vec<A> offsets) const {
-    if (args.metric == Metric::cosine) return scores * weights;
-    if (args.metric == Metric::l2) return scores - offsets;
-    return scores;
+  // Products of queries and entries to what ranks them, given what was measured of both.
+  template <class Q, class E>
+  MK_INLINE Vec<A> rank(Vec<A> products, Q query, E entry) const {
+    if (args.metric == Metric::cosine) return products * entry * query;
+    const Vec<A> negated = A(2) * products - entry - query;
+    return negated > A(0) ? Vec<A>{} : negated;
   }
 
   void score_few(int64_t begin, int64_t count) {
@@ -190,14 +191,12 @@ struct Knn {
   // their floor: those of W queries of one entry, or of W entries for one query.
   template <class Found>
   MK_INLINE void for_found(int64_t begin, int64_t count, const Found& found) {
-    const Vec<A> none{};
+    const bool plain = args.metric == Metric::dot;
     if (few) {
       for (int64_t r = 0; r < task.num_queries; ++r) {
         for (int64_t j = 0; j < count; j += W) {
-          const bool plain = args.metric == Metric::dot;
-          const Vec<A> x =
-              rank(load(s.scores + r * kBlockKeys + j), plain ? none : load(s.weights + j),
-                   plain ? none : load(s.offsets + j));
+          Vec<A> x = load(s.scores + r * kBlockKeys + j);
+          if (!plain) x = rank(x, s.queries[r], load(s.entries + j));
           uint32_t bits = lane_bits<A>(x > s.floors[r]);
           if (count - j < W) bits &= (uint32_t{1} << (count - j)) - 1;
           for (; bits != 0; bits &= bits - 1) {
@@ -210,8 +209,8 @@ struct Knn {
     }
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t c = 0; c < columns; c += W) {
-        const Vec<A> x =
-            rank(load(s.scores + i * columns + c), splat(s.weights[i]), splat(s.offsets[i]));
+        Vec<A> x = load(s.scores + i * columns + c);
+        if (!plain) x = rank(x, load(s.queries + c), s.entries[i]);
         uint32_t bits = lane_bits<A>(x > load(s.floors + c));
         for (; bits != 0; bits &= bits - 1) {
           const int lane = __builtin_ctz(bits);

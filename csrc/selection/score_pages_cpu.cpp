@@ -156,7 +156,8 @@ struct Score {
       for (int64_t left = step_bytes; left > 0 && page < block.count;) {
         const char* data = reinterpret_cast<const char*>(block.page[page]);
         const int64_t end = at + left < page_bytes ? at + left : page_bytes;
-        for (int64_t n = at; n < end && data != nullptr; n += 64) __builtin_prefetch(data + n, 0, 2);
+        for (int64_t n = at; n < end && data != nullptr; n += 64)
+          __builtin_prefetch(data + n, 0, 2);
         left -= end - at;
         at = end;
         if (at == page_bytes) {

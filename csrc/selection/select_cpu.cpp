@@ -28,8 +28,8 @@ struct Select {
   }
 
   struct Scratch {
-    Key<A>* keys;      // of the group maxima, then of the candidates
-    A* scores;         // of the candidates
+    Key<A>* keys;  // of the group maxima, then of the candidates
+    A* scores;     // of the candidates
     int32_t* indices;
     size_t bytes;
 
@@ -56,7 +56,8 @@ struct Select {
     int64_t num_groups = 0, i = 0;
     for (; i + block <= n; num_groups += W) {
       Vec<A> most = splat(-kInfinity<A>);
-      for (const int64_t end = i + block; i < end; i += W) most = vmax(load_ordered(scores + i), most);
+      for (const int64_t end = i + block; i < end; i += W)
+        most = vmax(load_ordered(scores + i), most);
       store(keys + num_groups, keys_of<A>(most));
     }
     if (i < n) {

@@ -80,12 +80,14 @@ def use_fallback(t: Tensor, op: str, *differentiable: Tensor | None) -> bool:
     return wants_gradient(*differentiable) and not has_kernel(f"{op}_backward", t.device.type)
 
 
-def no_gradient(op: str, tensors: dict[str, Tensor], why: str = "it writes in place") -> None:
+def no_gradient(
+    op: str, tensors: dict[str, Tensor | None], why: str = "it writes in place"
+) -> None:
     """Refuses an op without a backward where autograd would have to follow it."""
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():
-        if tensor.requires_grad:
+        if tensor is not None and tensor.requires_grad:
             raise RuntimeError(
                 f"{op}: {name} requires grad, but {op} is not differentiable: "
                 f"{why}; call it under torch.no_grad()"

@@ -241,7 +241,11 @@ def attention_colstats(
     if isinstance(window, Tensor):
         head_window, options["window"] = window, None
     inputs = *inputs, head_window, key_bias
-    below = _library.below_autograd(q, k_cache, lse, key_bias, accumulate_into)
+    tensors = {
+        "q": q, "k_cache": k_cache, "lse": lse, "key_bias": key_bias,
+        "accumulate_into": accumulate_into,
+    }  # fmt: skip
+    below = _library.below_autograd(*tensors.values())
     if accumulate_into is None:
         if below:
             with _BelowAutograd():
@@ -252,6 +256,7 @@ def attention_colstats(
             _accumulate_colstats(accumulate_into, *inputs, **options, decay=decay)
         _library.bump_versions(accumulate_into)
     else:
+        _library.no_gradient("attention_colstats", tensors)
         _accumulate_colstats(accumulate_into, *inputs, **options, decay=decay)
     return accumulate_into
 
@@ -311,6 +316,8 @@ def evict(
         stats, num_protected = _pin(stats, seq_lens, pinned, keep_first, keep_last)
     budgets = None
     if isinstance(budget, Tensor):
+        if max_budget is not None and max_budget < 0:
+            raise RuntimeError(f"evict: max_budget must not be negative, got {max_budget}")
         budgets, budget = budget, stats.shape[2] if max_budget is None else max_budget
     options = {"budget": budget, "keep_first": keep_first, "keep_last": keep_last}
     if _library.below_autograd(stats):
