@@ -135,24 +135,26 @@ def colstats(batch: int, length: int, queries: int, *, layers: int = 4) -> Case:
     )
 
 
-def evict(batch: int, length: int) -> Case:
-    """Half of the tokens of each head, by their statistics. Bytes are those that move, read and
-    written. Run again, it does the same work on what it left."""
+def evict(batch: int, length: int, group: str) -> Case:
+    """Half of the tokens of each head, or of a sequence, by their statistics. Bytes are those that
+    move, read and written. Run again, it does the same work on what it left."""
     x = Layer(batch, length, 16)
     stats = torch.rand(batch, KV_HEADS, length)
 
-    def run():
-        keep = memkernels.evict(stats, x.seq_lens, length // 2, keep_first=4, keep_last=64)
+    def keep():
+        return memkernels.evict(
+            stats, x.seq_lens, length // 2, keep_first=4, keep_last=64, group=group
+        )
+
+    def compact(keep: Tensor):
         memkernels.compact_kv(x.k, x.v, x.table, x.seq_lens, keep)
 
-    keep = memkernels.evict(stats, x.seq_lens, length // 2, keep_first=4, keep_last=64)
+    kept = keep()
     return Case(
-        f"evict + compact_kv bf16 {batch} x {length} to half",
-        run,
+        f"evict + compact_kv bf16 {batch} x {length} to half, by {group}",
+        lambda: compact(keep()),
         {"update": 2 * x.k.nbytes},  # half of two caches, twice
-        others={
-            "compact_kv": lambda: memkernels.compact_kv(x.k, x.v, x.table, x.seq_lens, keep),
-        },
+        others={"compact_kv": lambda: compact(kept)},
     )
 
 
@@ -168,6 +170,7 @@ def knn(queries: int, entries: int, k: int, *, dtype: torch.dtype = F32) -> Case
             "read": bank.nbytes,
         },
         peers.among(against, q[:, 0], bank[0], k),
+        {"torch matmul": lambda: q[:, 0] @ bank[0].T},
     )
 
 
@@ -213,7 +216,8 @@ def full_cases() -> Iterator[Case]:
     yield colstats(8, 4096, 1)
     yield colstats(1, 32768, 32)
     yield colstats(1, 4096, 4096)
-    yield evict(8, 16384)
+    yield evict(8, 16384, "head")
+    yield evict(8, 16384, "sequence")
     yield knn(64, 1 << 18, 32)
     yield knn(4, 1 << 20, 32)
     yield knn(64, 1 << 18, 32, dtype=BF16)
@@ -230,7 +234,7 @@ def quick_cases() -> Iterator[Case]:
     yield select(4, 1024, 32)
     yield colstats(2, 256, 1, layers=2)
     yield colstats(1, 256, 64, layers=1)
-    yield evict(2, 512)
+    yield evict(2, 512, "head")
     yield knn(8, 4096, 8)
     yield knn(64, 4096, 8, dtype=BF16)
     for backward in (False, True):
