@@ -611,6 +611,24 @@ def test_same_gradients_every_time_and_for_any_threads(num_threads, kind, dtype)
         assert_same_bits(gradients(memkernels.indexer_scores, arguments), expected)
 
 
+def test_gradients_of_keys_have_one_owner(num_threads):
+    """Queries that are not whole blocks, many keys, and little arithmetic to hide a race behind."""
+    arguments = indexer_case("alone", [8192], [191], heads=1, head_dim=8, causal=False)
+    num_threads(1)
+    expected = gradients(memkernels.indexer_scores, arguments)
+    num_threads(2)
+    for _ in range(30):
+        assert_same_bits(gradients(memkernels.indexer_scores, arguments), expected)
+
+
+def test_nan_reaches_the_gradients_that_use_it():
+    arguments = indexer_case("alone", [9], [2], heads=1, causal=False)
+    arguments["q"][1] = torch.nan
+    grads = gradients(memkernels.indexer_scores, arguments)
+    assert grads["q"][0].isfinite().all() and grads["w"][0].isfinite().all()
+    assert grads["w"][1].isnan().all() and grads["k"].isnan().all()
+
+
 def test_strided_gradient_of_scores(selection_ops):
     arguments = indexer_case("alone", [9], [4])
     q = arguments["q"].requires_grad_()

@@ -239,6 +239,33 @@ def test_summaries_of_strided_caches(selection_ops, dim):
     check_summary(selection_ops, case.replace(**strided), "minmax")
 
 
+def test_lengths_near_the_largest_integer_are_refused():
+    """Rounding them up to pages must not wrap around."""
+    cache, table = torch.randn(4, 16, 2, 8), torch.tensor([[0, 1]])
+    for length in 2**63 - 1, 2**63 - 16:
+        lens = torch.tensor([length])
+        for op, arguments in {
+            "summarize_keys": (cache, table, lens),
+            "score_pages": (torch.randn(1, 2, 8), torch.randn(4, 2, 2, 8), table, lens, 16),
+            "paged_attention": (torch.randn(1, 2, 8), cache, cache, table, lens),
+            "compact_kv": (cache, cache, table, lens, torch.zeros(1, 1, 1).int()),
+        }.items():
+            with pytest.raises(RuntimeError, match=f"{op}: seq_lens"):
+                getattr(memkernels, op)(*arguments)
+
+
+@pytest.mark.parametrize("forward_mode", [False, True])
+def test_tangents_are_never_lost(forward_mode):
+    q, bank = torch.randn(2, 1, 8), torch.randn(1, 9, 8)
+    with torch.autograd.forward_ad.dual_level():
+        if forward_mode:
+            q = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+            with pytest.raises(RuntimeError, match=r"knn_topk: q .*not differentiable"):
+                memkernels.knn_topk(q, bank, None, 2)
+        else:
+            memkernels.knn_topk(q, bank, None, 2)
+
+
 SUMMARY_ERRORS = TABLE_ERRORS | {
     "rank_of_k_cache": ("k_cache", lambda c: {"k_cache": c.k_cache[0]}),
     "integer_k_cache": ("k_cache", lambda c: {"k_cache": c.k_cache.int()}),
@@ -591,6 +618,8 @@ SCORE_ERRORS = TABLE_ERRORS | QUERY_ERRORS | {
     "three_extrema": ("summary", lambda c: {"summary": c.summary[:, :, [0, 0, 1]]}),
     "pages_of_summary": ("page_table|summary", lambda c: {"summary": c.summary[:1]}),
     "page_size_zero": ("page_size", {"page_size": 0}),
+    "no_heads_of_q": ("q", lambda c: {"q": c.q[:, :0]}),
+    "scale_nan": ("scale", {"scale": float("nan")}),
     "page_size_too_small": ("seq_lens|page_table|page_size", {"page_size": 1}),
     "kind": ("kind", {"kind": "median"}),
     "group_reduce": ("group_reduce", {"group_reduce": "min"}),

@@ -13,7 +13,7 @@ void check_inputs(const char* op, const MergeStatesArgs& a) {
   check_shape(op, "outs", a.outs, "[n, T, H, D]", {-1, -1, -1, -1});
   const int64_t* shape = a.outs.shape;
   check_shape(op, "lses", a.lses, "[n, T, H]", {shape[0], shape[1], shape[2]});
-  check_dtype(op, "lses", a.lses, a.outs.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32);
+  check_dtype(op, "lses", a.lses, accumulator(a.outs.dtype));
   check_device(op, "lses", a.lses, a.outs.device);
   check_rows_contiguous(op, "outs", a.outs);
 }

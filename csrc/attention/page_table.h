@@ -12,7 +12,7 @@ struct PageTable {
 
   int64_t batch() const { return seq_lens.shape[0]; }
   int64_t length(int64_t b) const { return index_at(seq_lens, b * seq_lens.stride[0]); }
-  int64_t used(int64_t b) const { return (length(b) + page_size - 1) / page_size; }
+  int64_t used(int64_t b) const { return length(b) / page_size + (length(b) % page_size != 0); }
   int64_t page(int64_t b, int64_t column) const {
     return index_at(pages, b * pages.stride[0] + column * pages.stride[1]);
   }

@@ -85,7 +85,7 @@ void sink_gradient(const Problem& p, const BackwardJob& job, int64_t total_q,
 // What the forward returned, and the gradients of that.
 void check_results(const char* op, const PagedAttentionArgs& args, const PagedAttentionGrads& grads,
                    const Shapes& shapes) {
-  const Dtype dtype = args.q.dtype, wide = dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+  const Dtype dtype = args.q.dtype, wide = accumulator(dtype);
   for (const auto& [arg, t] : {std::pair{"dout", &grads.dout}, {"out", &args.out}}) {
     check_shape(op, arg, *t, "[total_q, Hq, Dv]", {shapes.total_q, shapes.heads, shapes.dim_v});
     check_dtype(op, arg, *t, dtype);

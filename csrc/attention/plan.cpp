@@ -32,7 +32,7 @@ void check_cumulative(const char* op, const char* arg, const TensorView& t, int6
 }
 
 int64_t pages_for(const PagedAttentionArgs& a, int64_t kv_len) {
-  return (kv_len + a.k_cache.shape[1] - 1) / a.k_cache.shape[1];
+  return kv_len / a.k_cache.shape[1] + (kv_len % a.k_cache.shape[1] != 0);
 }
 
 void check_page(const char* op, const PagedAttentionArgs& a, int64_t row, int64_t column) {

@@ -76,7 +76,7 @@ void check_index(const char* op, const char* arg, const TensorView& t) {
 }
 
 void check_companion(const char* op, const char* arg, const TensorView& t, Dtype main) {
-  const Dtype wide = main == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+  const Dtype wide = accumulator(main);
   check(t.dtype == main || t.dtype == wide, op, arg, " must be ", name(wide),
         wide == main ? "" : " or ", wide == main ? "" : name(main), ", got ", name(t.dtype));
 }

@@ -41,6 +41,8 @@ int64_t numel(const TensorView& t);
 int64_t item_size(Dtype dtype);
 
 inline bool given(const TensorView& t) { return t.ndim >= 0; }
+// The dtype in which sums over that one are kept.
+inline Dtype accumulator(Dtype d) { return d == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 inline bool is_floating(Dtype d) { return d != Dtype::i64 && d != Dtype::i32; }
 
 // Each refuses `t` in one sentence that names the argument, what was expected and what came.

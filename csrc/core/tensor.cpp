@@ -1,5 +1,7 @@
 #include "core/tensor.h"
 
+#include <algorithm>
+
 #include "core/cpu/simd.h"
 
 namespace memkernels {
@@ -36,6 +38,15 @@ void store_scalar(void* data, Dtype dtype, int64_t offset, double x) {
       break;
     default:
       break;
+  }
+}
+
+void fill_scalars(void* data, Dtype dtype, int64_t begin, int64_t end, double x) {
+  if (dtype == Dtype::f64) {
+    std::fill(static_cast<double*>(data) + begin, static_cast<double*>(data) + end, x);
+  } else {
+    std::fill(static_cast<float*>(data) + begin, static_cast<float*>(data) + end,
+              static_cast<float>(x));
   }
 }
 

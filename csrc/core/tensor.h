@@ -28,5 +28,7 @@ struct TensorView {
 // One floating element at an offset, whatever its dtype.
 double load_scalar(const void* data, Dtype dtype, int64_t offset);
 void store_scalar(void* data, Dtype dtype, int64_t offset, double x);
+// Elements [begin, end) of float32 or float64.
+void fill_scalars(void* data, Dtype dtype, int64_t begin, int64_t end, double x);
 
 }  // namespace memkernels

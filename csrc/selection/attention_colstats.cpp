@@ -15,7 +15,8 @@ void attention_colstats(const char* op, const ColstatsArgs& a, const Context& ct
   attention::Plan plan;
   attention::make_plan(op, inputs, plan);
   const attention::Problem& p = plan.problem;
-  const Dtype wide = p.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+  check(p.num_heads > 0, op, "q has no heads");
+  const Dtype wide = accumulator(p.dtype);
   check_shape(op, "lse", inputs.lse, "[total_q, Hq]", {plan.total_q, p.num_heads});
   check_dtype(op, "lse", inputs.lse, wide);
   check_device(op, "lse", inputs.lse, inputs.q.device);
@@ -38,7 +39,7 @@ void attention_colstats(const char* op, const ColstatsArgs& a, const Context& ct
   for (int64_t b = 0; b < p.num_sequences; ++b) {
     const attention::Sequence& s = p.sequences[b];
     multiply_adds += static_cast<double>(s.num_q) * s.kv_len * p.num_heads * p.dim;
-    const bool few = s.num_q * p.group <= 12;
+    const bool few = s.num_q * p.group <= kFewRows;
     const int64_t heads = together && few ? p.num_kv_heads : 1;
     for (int64_t begin = 0; begin < s.kv_len; begin += keys) {
       for (int64_t h = 0; h < p.num_kv_heads; h += heads) {

@@ -28,7 +28,10 @@ struct ColstatsJob {
   const ColstatsArgs* args;
 };
 
-// Keys [begin, end) of a sequence for KV heads [h0, h1).
+// Queries times heads of a group, up to which dot products beat packing.
+inline constexpr int64_t kFewRows = 12;
+
+// Keys [begin, end) of a sequence for KV heads [h0, h1): one, unless it has few rows.
 struct ColstatsTask {
   int64_t sequence, begin, end, h0, h1;
 };

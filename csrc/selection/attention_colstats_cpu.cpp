@@ -8,7 +8,6 @@
 
 #include "attention/few_rows_cpu.h"
 #include "selection/packed_keys_cpu.h"
-#include "selection/stretch.h"
 
 namespace memkernels::selection {
 namespace {
@@ -20,8 +19,6 @@ using attention::score_tile;
 using attention::to_logits;
 using attention::visible_keys;
 
-// Up to here dot products beat packing.
-constexpr int kFewRows = 12;
 // Bytes of keys asked for ahead of the arithmetic.
 constexpr int64_t kPrefetchBytes = 16384;
 
@@ -149,6 +146,8 @@ struct Colstats {
       q_stride = pack_a<T>(s.q_rows, rows, p.dim, s.q + h * kFewRows * dim);
     }
     memset(static_cast<void*>(s.zeros), 0, p.dim * sizeof(T));
+    const KeyRange seen =
+        visible_keys(p, task.h0, seq.kv_len, position(0), position(seq.num_q - 1));
     KeyBlock<T> blocks[2];
     int current = 0;
     locate(blocks[0], task.begin);
@@ -156,8 +155,10 @@ struct Colstats {
       KeyBlock<T>& next = blocks[1 - current];
       const bool last = begin + kBlockKeys >= task.end;
       if (!last) locate(next, begin + kBlockKeys);
-      score(blocks[current], last ? nullptr : &next, rows);
-      reduce(blocks[current], rows);
+      const int64_t end = begin + blocks[current].count;
+      const bool any = begin < seen.sinks || (end > seen.begin && begin < seen.end);
+      if (any) score(blocks[current], last ? nullptr : &next, rows);
+      reduce(blocks[current], any ? rows : 0);
       current = 1 - current;
     }
   }
@@ -172,12 +173,11 @@ struct Colstats {
     const int64_t row_bytes = p.dim * static_cast<int64_t>(sizeof(T));
     const int64_t fit = 1 + kPrefetchBytes / (heads * row_bytes);
     const int64_t ahead = fit < kBlockKeys ? fit : kBlockKeys;
-    const T* keys[2 * kBlockKeys + kLanes<A>];
+    const T* keys[2 * kBlockKeys];
     for (int i = 0; i < kBlockKeys; ++i) {
       keys[i] = block.k[i];
       keys[kBlockKeys + i] = next == nullptr ? nullptr : next->k[i];
     }
-    for (int i = 0; i < kLanes<A>; ++i) keys[2 * kBlockKeys + i] = nullptr;
     for_row_groups<A>(rows, [&](auto rows_at_once, int64_t r) {
       constexpr int R = decltype(rows_at_once)::value;
       constexpr int K = kTileKeys<T, R>;
@@ -220,7 +220,7 @@ struct Colstats {
     PackedKeys<T>& keys = s.keys;
     keys.pack(task.sequence, task.h0, task.begin, task.end, [](const HeadBlock<T>&, int64_t) {});
     memset(s.columns, 0, round_up(task.end - task.begin, kBlockKeys) * sizeof(A));
-    const int64_t step = keys.block_queries(p), head = task.h0;
+    const int64_t step = block_queries(p.group), head = task.h0;
     for (int64_t i0 = 0; i0 < seq.num_q; i0 += step) {
       const int64_t i1 = i0 + step < seq.num_q ? i0 + step : seq.num_q;
       keys.score(i0, i1, [&](const auto& block) {

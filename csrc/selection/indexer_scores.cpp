@@ -1,8 +1,8 @@
 #include "selection/indexer_scores.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
-#include <limits>
 #include <vector>
 
 #include "attention/plan.h"
@@ -17,9 +17,6 @@ namespace {
 using attention::Problem;
 using attention::Sequence;
 
-// Queries of a block of rows, as the kernels take them.
-int64_t block_queries(const Problem& p) { return std::max<int64_t>(1, 96 / p.group); }
-
 void check_arguments(const char* op, const IndexerArgs& a, const attention::Plan& plan) {
   const Problem& p = plan.problem;
   check_shape(op, "w", a.w, "[T, Hi]", {plan.total_q, p.num_heads});
@@ -29,19 +26,21 @@ void check_arguments(const char* op, const IndexerArgs& a, const attention::Plan
   const int64_t capacity =
       a.attention.k_cache.shape[1] * (paged ? a.attention.page_table.shape[1] : 1);
   check_shape(op, "scores", a.scores, "[T, N]", {plan.total_q, capacity});
-  check_dtype(op, "scores", a.scores, p.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32);
+  check_dtype(op, "scores", a.scores, accumulator(p.dtype));
   check_device(op, "scores", a.scores, a.attention.q.device);
   check_contiguous(op, "scores", a.scores);
 }
 
-// Stretches of keys with all queries of their sequence, or some where workers would idle.
+// Stretches of keys with all queries of their sequence; with some of them where fewer tasks than
+// wanted would come out.
 std::vector<IndexerTask> cut_by_keys(const Problem& p, int64_t sequence, int64_t wanted) {
   std::vector<IndexerTask> tasks;
   const Sequence& s = p.sequences[sequence];
-  const int64_t stretch = stretch_keys(p.dim), block = block_queries(p);
+  const int64_t stretch = stretch_keys(p.dim), block = block_queries(p.group);
   const int64_t stretches = std::max<int64_t>(1, (s.kv_len + stretch - 1) / stretch);
   const int64_t parts = std::max<int64_t>(1, (wanted + stretches - 1) / stretches);
-  const int64_t step = std::max(block, (s.num_q + parts - 1) / parts / block * block);
+  const int64_t part = (s.num_q + parts - 1) / parts;
+  const int64_t step = std::max(block, (part + block - 1) / block * block);
   for (int64_t begin = 0; begin < s.kv_len; begin += stretch) {
     for (int64_t i = 0; i < s.num_q; i += step) {
       tasks.push_back(
@@ -110,11 +109,9 @@ void indexer_scores(const IndexerArgs& a, const Context& ctx) {
   for (int64_t b = 0; b < p.num_sequences; ++b) {
     const Sequence& s = p.sequences[b];
     for (const IndexerTask& task : cut_by_keys(p, b, 4 * runner.workers)) tasks.push_back(task);
+    const int64_t n = a.scores.shape[1];
     for (int64_t t = s.q_begin; t < s.q_begin + s.num_q; ++t) {
-      for (int64_t j = s.kv_len; j < a.scores.shape[1]; ++j) {
-        store_scalar(a.scores.data, a.scores.dtype, t * a.scores.shape[1] + j,
-                     -std::numeric_limits<double>::infinity());
-      }
+      fill_scalars(a.scores.data, a.scores.dtype, t * n + s.kv_len, (t + 1) * n, -INFINITY);
     }
   }
   const IndexerJob job{&p, &a, nullptr, nullptr};
@@ -130,11 +127,12 @@ void indexer_scores_backward(const IndexerArgs& a, const IndexerGrads& grads, co
   const Runner runner(plan, 3 * multiply_adds_of(plan), ctx);
   IndexerJob job{&p, &a, &grads, nullptr};
   if (given(grads.dq) || given(grads.dw)) {
+    const int64_t block = block_queries(p.group);
     std::vector<IndexerTask> tasks;
     for (int64_t b = 0; b < p.num_sequences; ++b) {
       const Sequence& s = p.sequences[b];
-      for (int64_t i = 0; i < s.num_q; i += block_queries(p)) {
-        tasks.push_back({b, i, std::min(i + block_queries(p), s.num_q), 0, s.kv_len});
+      for (int64_t i = 0; i < s.num_q; i += block) {
+        tasks.push_back({b, i, std::min(i + block, s.num_q), 0, s.kv_len});
       }
     }
     runner.run(tasks, job, runner.kernel.queries, runner.workers);

@@ -9,7 +9,6 @@
 #include "selection/indexer_scores.h"
 
 #include "selection/packed_keys_cpu.h"
-#include "selection/stretch.h"
 
 namespace memkernels::selection {
 namespace {
@@ -66,7 +65,7 @@ struct Indexer {
         seq(p.sequences[task.sequence]),
         s(p, Arena{static_cast<char*>(scratch)}),
         dim(s.keys.dim),
-        step(s.keys.block_queries(p)) {}
+        step(block_queries(p.group)) {}
 
   // Of scores, or of their gradient: query i, key j.
   A* row_at(int64_t i, int64_t j) const {
@@ -164,7 +163,7 @@ struct Indexer {
         const Vec<A> factor = splat(weight(i, h));
         for (int j = 0; j < kBlockKeys; j += W) {
           const Vec<A> x = load(s.keys.scores + r * kBlockKeys + j);
-          store(s.g + r * kBlockKeys + j, x > A(0) ? factor * load(s.sums + j) : Vec<A>{});
+          store(s.g + r * kBlockKeys + j, x <= A(0) ? Vec<A>{} : factor * load(s.sums + j));
         }
       }
     }

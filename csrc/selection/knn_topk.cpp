@@ -67,7 +67,7 @@ void finish(const KnnArgs& a, const KnnTask* tasks, int64_t num_tasks, int64_t q
   const int64_t out = (query * a.q.shape[1] + head) * k;
   for (int64_t i = 0; i < k; ++i) {
     const bool any = i < count;
-    static_cast<A*>(a.values.data)[out + i] = any ? sign * all[i].value : worst;
+    static_cast<A*>(a.values.data)[out + i] = any ? sign * all[i].value + 0 : worst;  // no -0
     static_cast<int64_t*>(a.indices.data)[out + i] = any ? all[i].index : -1;
   }
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/block_cpu.h"
+#include "selection/stretch.h"
 
 namespace memkernels::selection {
 namespace {
@@ -12,10 +13,6 @@ using attention::KeyBlock;
 using attention::KeyRange;
 using attention::Problem;
 using attention::Sequence;
-
-// Rows of queries (times the heads of a group) that are packed at a time, unless one query has
-// more.
-constexpr int64_t kPackedRows = 96;
 
 template <class T>
 struct PackedKeys {
@@ -43,11 +40,8 @@ struct PackedKeys {
     q_rows = arena.take<const T*>(rows);
   }
 
-  static int64_t block_queries(const Problem& p) {
-    return p.group < kPackedRows ? kPackedRows / p.group : 1;
-  }
   static int64_t most_rows(const Problem& p) {
-    return round_up(block_queries(p) * p.group, kTileRows);
+    return round_up(block_queries(p.group) * p.group, kTileRows);
   }
 
   const Sequence& seq() const { return p.sequences[sequence]; }

@@ -1,7 +1,7 @@
 #include "selection/score_pages.h"
 
 #include <algorithm>
-#include <limits>
+#include <cmath>
 #include <vector>
 
 #include "attention/page_table.h"
@@ -17,20 +17,6 @@ constexpr char kOp[] = "score_pages";
 
 // Queries times heads of a group in a task.
 constexpr int64_t kTaskRows = 32;
-
-void fill_empty(const ScorePagesArgs& a, int64_t row, int64_t first_page) {
-  const int64_t heads = a.scores.shape[1], pages = a.scores.shape[2];
-  for (int64_t h = 0; h < heads; ++h) {
-    const int64_t at = (row * heads + h) * pages;
-    if (a.scores.dtype == Dtype::f64) {
-      double* scores = static_cast<double*>(a.scores.data) + at;
-      std::fill(scores + first_page, scores + pages, -std::numeric_limits<double>::infinity());
-    } else {
-      float* scores = static_cast<float*>(a.scores.data) + at;
-      std::fill(scores + first_page, scores + pages, -std::numeric_limits<float>::infinity());
-    }
-  }
-}
 
 void check_arguments(const ScorePagesArgs& a) {
   check_floating(kOp, "q", a.q);
@@ -50,6 +36,8 @@ void check_arguments(const ScorePagesArgs& a) {
   check_rows_contiguous(kOp, "summary", a.summary);
   check_device(kOp, "summary", a.summary, a.q.device);
   const int64_t heads = a.summary.shape[1];
+  check(a.q.shape[1] > 0, kOp, "q has no heads");
+  check(std::isfinite(a.scale), kOp, "scale must be finite, got ", a.scale);
   check(heads > 0 && a.q.shape[1] % heads == 0, kOp, "q has ", a.q.shape[1],
         " heads, not a multiple of summary's ", heads);
   check(a.page_size > 0, kOp, "page_size must be at least 1, got ", a.page_size);
@@ -92,7 +80,10 @@ void score_pages(const ScorePagesArgs& a, const Context& ctx) {
         tasks.push_back(task);
       }
     }
-    for (int64_t i = offsets[b]; i < offsets[b + 1]; ++i) fill_empty(a, i, used);
+    const int64_t heads = a.scores.shape[1], pages = a.scores.shape[2];
+    for (int64_t row = offsets[b] * heads; row < offsets[b + 1] * heads; ++row) {
+      fill_scalars(a.scores.data, a.scores.dtype, row * pages + used, (row + 1) * pages, -INFINITY);
+    }
   }
   const Isa isa = a.q.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
   const ScoreKernel kernel = MEMKERNELS_CPU(isa, score_kernel)(a.q.dtype, a.summary.dtype);

@@ -120,8 +120,7 @@ struct Score {
     const TensorView& table = a.page_table;
     for (int64_t i = 0; i < block.count; ++i) {
       const int64_t at = task.sequence * table.stride[0] + (begin + i) * table.stride[1];
-      const int64_t page = table.dtype == Dtype::i64 ? static_cast<const int64_t*>(table.data)[at]
-                                                     : static_cast<const int32_t*>(table.data)[at];
+      const int64_t page = attention::integer_at(table.data, table.dtype == Dtype::i64, at);
       if (page >= 0)
         block.page[i] = static_cast<const S*>(a.summary.data) + page * a.summary.stride[0];
     }
@@ -134,7 +133,7 @@ struct Score {
     Block block = block_at(task.first_page);
     for (int64_t begin = task.first_page; begin < end; begin += kBlockPages) {
       const Block next = begin + kBlockPages < end ? block_at(begin + kBlockPages) : Block{};
-      Upcoming upcoming(next, heads * a.summary.stride[1], tiles());
+      Upcoming upcoming(next, a.summary.stride[1] == width ? heads * width : width, tiles());
       for (int64_t h = 0; h < heads; ++h) {
         score_block(block, h, upcoming);
         write(block, h);
@@ -143,7 +142,8 @@ struct Score {
     }
   }
 
-  // The lines of a block's summaries, asked for a few at a time in the order of addresses.
+  // The lines of a block's summaries, asked for a few at a time in the order of addresses; where
+  // heads lie apart, those of the first alone.
   struct Upcoming {
     const Block& block;
     const int64_t page_bytes, step_bytes;

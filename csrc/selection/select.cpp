@@ -1,7 +1,6 @@
 #include "selection/select.h"
 
 #include <algorithm>
-#include <utility>
 
 #include "core/check.h"
 #include "core/memory.h"

@@ -1,8 +1,8 @@
 // The k largest scores of a row, as indices in rising order; of equal ones the first.
 //
 // A row is read twice, and little else is done at that rate. First the maxima of groups of scores:
-// the k-th largest of them is a floor under the k-th largest score, above which at most
-// (k - 1) * group scores lie. Then the candidates that reach it, among which the k-th largest is
+// the k-th largest of them is a floor under the k-th largest score, which at most k * group
+// scores exceed. Then the candidates that reach it, among which the k-th largest is
 // found. Nothing is sorted, and equal scores cost no more than others.
 #include "selection/select.h"
 
@@ -34,7 +34,7 @@ struct Select {
     size_t bytes;
 
     Scratch(const SelectRow& row, void* base) {
-      // Less than 2 * kGroupsPerScore * k groups; candidates at most (k - 1) * group above the
+      // Less than 2 * kGroupsPerScore * k groups; candidates at most k * group above the
       // floor and k on it. Where -inf may be selected, everything can be a candidate.
       const int64_t n = row.length, groups = 2 * kGroupsPerScore * row.k;
       const int64_t candidates = n / kGroupsPerScore + row.k;

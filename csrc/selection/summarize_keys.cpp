@@ -30,7 +30,7 @@ void check_arguments(const char* op, const SummarizeKeysArgs& a) {
     check_dtype(op, "summary", a.summary, a.k_cache.dtype);
   } else {
     check_shape(op, "summary", a.summary, "[num_pages, Hkv, D]", {num_pages, heads, dim});
-    check_dtype(op, "summary", a.summary, a.k_cache.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32);
+    check_dtype(op, "summary", a.summary, accumulator(a.k_cache.dtype));
   }
   check_contiguous(op, "summary", a.summary);
   check_device(op, "summary", a.summary, a.k_cache.device);

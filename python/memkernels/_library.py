@@ -84,10 +84,14 @@ def no_gradient(
     op: str, tensors: dict[str, Tensor | None], why: str = "it writes in place"
 ) -> None:
     """Refuses an op without a backward where autograd would have to follow it."""
-    if not torch.is_grad_enabled():
+    backward, forward = torch.is_grad_enabled(), forward_ad._current_level >= 0
+    if not backward and not forward:
         return
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
+        if tensor is None:
+            continue
+        dual = forward and forward_ad.unpack_dual(tensor).tangent is not None
+        if dual or (backward and tensor.requires_grad):
             raise RuntimeError(
                 f"{op}: {name} requires grad, but {op} is not differentiable: "
                 f"{why}; call it under torch.no_grad()"

@@ -27,8 +27,8 @@ def summarize_keys(
     summary, and a page table that changes leaves them valid.
 
     Args:
-        k_cache: ``[num_pages, page_size, Hkv, D]``, any strides; float32, bfloat16, float16, or
-            float64 on the CPU.
+        k_cache: ``[num_pages, page_size, Hkv, D]``, contiguous in its last dimension; float32,
+            bfloat16, float16, or float64 on the CPU.
         page_table: ``[B, max_pages]`` integers; the first ``ceil(L / page_size)`` entries of a row
             are used, -1 is skipped.
         seq_lens: ``[B]`` integers. A page counts as far as the longest of its sequences fills it.
@@ -101,8 +101,8 @@ def score_pages(
 
     With kind "minmax" the score of a page is ``scale * sum_c max(q_c min_c, q_c max_c)``, which no
     logit of its keys exceeds (Quest, Tang et al., 2024): the dot product of ``min(q, 0)`` and
-    ``max(q, 0)`` with the summary. With "mean" it is ``scale * q.mean``; any one vector a page
-    serves, such as a landmark key or a centroid.
+    ``max(q, 0)`` with the summary. With "mean" it is ``scale * q.mean``; instead of a mean, a page
+    may have a landmark key, a centroid or any other vector.
 
     Args:
         q: ``[total_q, Hq, D]``; float32, bfloat16, float16, or float64 on the CPU.
@@ -155,7 +155,8 @@ def select_topk(
     and -inf are never selected.
 
     Args:
-        scores: ``[..., N]``, up to 5 dimensions; float32, bfloat16, float16, or float64 on the CPU.
+        scores: ``[..., N]``, up to 5 dimensions, contiguous in the last; float32, bfloat16,
+            float16, or float64 on the CPU.
         k: how many to select; more than N is allowed.
         lengths: integers that broadcast to ``[...]``: a row's scores from there on do not count.
             None: N.
@@ -213,6 +214,7 @@ def attention_colstats(
         lse: ``[total_q, Hq]`` as it returned for these queries; float32 (float64 for float64).
         reduce: "sum", "max" or "count".
         threshold: for "count"; None: ``1 / t`` for a query at position ``t - 1``, which is CORM's.
+            Rounding decides on probabilities that equal it.
         scale, causal, window, sink_tokens, softcap, key_bias: those of the forward.
         accumulate_into: ``[B, Hkv, >= Lmax]``, contiguous, of the result's dtype: changed in place
             to ``decay * old + new``, or ``max(decay * old, new)`` for "max", for the keys of each
@@ -304,8 +306,9 @@ def evict(
         )  # fmt: skip
     if group not in ("head", "sequence"):
         raise RuntimeError(f"evict: group must be head or sequence, got {group}")
-    if stats.dim() != 3:
-        raise RuntimeError(f"evict: stats must be [B, Hkv, L], got {list(stats.shape)}")
+    if stats.dim() != 3 or not stats.is_floating_point():
+        got = f"{stats.dtype} {list(stats.shape)}"
+        raise RuntimeError(f"evict: stats must be floating [B, Hkv, L], got {got}")
     num_protected = None
     if pinned is not None:
         pinned = _expand("evict", "pinned", pinned, stats.shape)
@@ -358,11 +361,12 @@ def knn_topk(
     """The k nearest entries of a bank for each query and head, best first.
 
     Exact search as in Memorizing Transformers (Wu et al., 2022), without writing the scores of the
-    whole bank. Of equal scores the lower index wins; NaN is never found.
+    whole bank. Of equal scores the lower index wins; NaN and what is infinitely far are never
+    found. Values may round in another way for another number of queries.
 
     Args:
         q: ``[Q, H, D]``; float32, bfloat16, float16, or float64 on the CPU.
-        bank: ``[H, N, D]``, dtype of q, any strides.
+        bank: ``[H, N, D]``, dtype of q, contiguous in its last dimension.
         valid_len: ``[H]`` integers, entries of each head's bank that count; None: N.
         k: how many; more than there are is allowed.
         metric: "dot"; "cosine", where a zero vector has similarity 0; or "l2", the squared
@@ -535,18 +539,18 @@ def _cast_score_pages(dtype, q, summary, *args, **options):
 _library.register_autocast("score_pages", _cast_score_pages)
 
 
-def _cast_colstats(dtype, q, k_cache, *args, **options):
+def _cast_query(dtype, q, k_cache, *args, **options):
     return (q.to(k_cache.dtype) if _library.autocasts(q) else q, k_cache, *args), options
 
 
 def _cast_accumulate_colstats(dtype, stats, *args, **options):
-    args, options = _cast_colstats(dtype, *args, **options)
+    args, options = _cast_query(dtype, *args, **options)
     return (stats, *args), options
 
 
-_library.register_autocast("attention_colstats", _cast_colstats)
+_library.register_autocast("attention_colstats", _cast_query)
 _library.register_autocast("accumulate_colstats", _cast_accumulate_colstats)
-_library.register_autocast("knn_topk", _cast_colstats)
+_library.register_autocast("knn_topk", _cast_query)
 
 
 def _cast_indexer(dtype, q, w, k, page_table, *args, **options):

@@ -26,9 +26,6 @@ using OptionalTensor = std::optional<Tensor>;
 TensorView view(const char* op, const char* arg, const Tensor& t);
 TensorView view(const char* op, const char* arg, const OptionalTensor& t);
 
-// The dtype in which sums over that one are kept.
-inline Dtype accumulator(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
-
 // Contiguous; large ones on the CPU advised to huge pages. `zeroed`: filled with zeros.
 Tensor empty(std::initializer_list<int64_t> shape, Dtype dtype, Device device, bool zeroed = false);
 Tensor empty_like(const TensorView& t, bool zeroed = false);

@@ -143,6 +143,7 @@ selection::ColstatsArgs colstats_args(
   a.reduce = reduce == "sum"   ? selection::ColumnReduce::sum
              : reduce == "max" ? selection::ColumnReduce::max
                                : selection::ColumnReduce::count;
+  check(!threshold || *threshold == *threshold, op, "threshold must not be NaN");
   if (threshold) a.threshold = *threshold;
   return a;
 }
@@ -252,6 +253,10 @@ selection::IndexerArgs indexer_args(const char* op, const Tensor& q, const Tenso
     keys.shape[0] = 1;
     keys.ndim = 3;
   }
+  const TensorView& offsets_q = inputs.cu_seqlens_q;
+  const int64_t implied = given(offsets_q) ? numel(offsets_q) - 1 : inputs.q.shape[0];
+  check(given(inputs.page_table) || keys.shape[0] == implied, op, "k has ", keys.shape[0],
+        " sequences, ", given(offsets_q) ? "cu_seqlens_q" : "q", " implies ", implied);
   keys.shape[3] = keys.shape[2];
   keys.stride[3] = keys.stride[2];
   keys.shape[2] = 1;

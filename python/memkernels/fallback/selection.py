@@ -6,6 +6,8 @@ checked on the CPU; on other devices an index that is out of range is skipped li
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn.functional import pad
 
@@ -98,6 +100,7 @@ def score_pages(
     queries = _query_ranges(op, len(q), len(pages), cu_seqlens_q)
     if scale is None:
         scale = head_dim**-0.5
+    _check(op, math.isfinite(scale), "scale", "finite", scale)
 
     dtype = _attention._accumulator(q.dtype)
     q = q.to(dtype).unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)  # [Hkv, group, total_q, D]
