@@ -23,6 +23,7 @@ TESTS = (
     "test_gather_attention.py",
     "test_shared_prefix.py",
     "test_selection.py",
+    "test_select_evict.py",
     "test_colstats.py",
     "test_knn_indexer.py",
 )
