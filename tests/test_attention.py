@@ -265,14 +265,6 @@ def test_unsupported_dtype_lists_the_supported_ones():
         native(case)
 
 
-@pytest.fixture
-def num_threads():
-    """Sets torch's threads, for one test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("queries", [None, [1, 40, 0, 300, 3]])
 def test_same_bits_every_time_and_for_any_threads(num_threads, dtype, queries):

@@ -262,14 +262,6 @@ def test_out_alone_is_the_same_out():
     assert_same_bits(memkernels.gather_attention(**case.arguments()), run(case)[0])
 
 
-@pytest.fixture
-def num_threads():
-    """Sets torch's threads, for one test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 LONG = [pytest.param("page", 150, id="page"), pytest.param("token", 2000, id="token")]
 
 

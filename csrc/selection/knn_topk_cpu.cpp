@@ -187,8 +187,7 @@ struct Knn {
     matmul<M>(kBlockEntries, columns, K, s.packed, stride, 1, s.q, s.scores, columns, false);
   }
 
-  // Calls visit(query, entry, scores, bits) for the W scores of which some, those of `bits`, exceed
-  // their floor: those of W queries of one entry, or of W entries for one query.
+  // Calls found(query, entry, value) for what exceeds the floor of its query, entries in order.
   template <class Found>
   MK_INLINE void for_found(int64_t begin, int64_t count, const Found& found) {
     const bool plain = args.metric == Metric::dot;

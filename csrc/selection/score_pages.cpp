@@ -54,7 +54,7 @@ void score_pages(const ScorePagesArgs& a, const Context& ctx) {
   table.check_contents(kOp, a.summary.shape[0]);
 
   const int64_t group = a.q.shape[1] / a.summary.shape[1];
-  const int64_t block_queries = std::max<int64_t>(1, kTaskRows / std::max<int64_t>(1, group));
+  const int64_t block_queries = std::max<int64_t>(1, kTaskRows / group);
   double page_rows = 0;
   for (int64_t b = 0; b < table.batch(); ++b) {
     page_rows += static_cast<double>(offsets[b + 1] - offsets[b]) * table.used(b);
