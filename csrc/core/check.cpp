@@ -16,6 +16,12 @@ const char* name(Dtype dtype) {
       return "int64";
     case Dtype::i32:
       return "int32";
+    case Dtype::i8:
+      return "int8";
+    case Dtype::u8:
+      return "uint8";
+    case Dtype::e4m3:
+      return "float8_e4m3fn";
   }
   return "?";
 }
@@ -31,6 +37,10 @@ int64_t item_size(Dtype dtype) {
     case Dtype::bf16:
     case Dtype::f16:
       return 2;
+    case Dtype::i8:
+    case Dtype::u8:
+    case Dtype::e4m3:
+      return 1;
   }
   return 0;
 }
@@ -72,7 +82,8 @@ void check_floating(const char* op, const char* arg, const TensorView& t) {
 }
 
 void check_index(const char* op, const char* arg, const TensorView& t) {
-  check(!is_floating(t.dtype), op, arg, " must be int32 or int64, got ", name(t.dtype));
+  check(t.dtype == Dtype::i32 || t.dtype == Dtype::i64, op, arg, " must be int32 or int64, got ",
+        name(t.dtype));
 }
 
 void check_companion(const char* op, const char* arg, const TensorView& t, Dtype main) {

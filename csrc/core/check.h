@@ -43,7 +43,8 @@ int64_t item_size(Dtype dtype);
 inline bool given(const TensorView& t) { return t.ndim >= 0; }
 // The dtype in which sums over that one are kept.
 inline Dtype accumulator(Dtype d) { return d == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
-inline bool is_floating(Dtype d) { return d != Dtype::i64 && d != Dtype::i32; }
+// What is computed in; 8-bit numbers are only stored.
+inline bool is_floating(Dtype d) { return d <= Dtype::f16; }
 
 // Each refuses `t` in one sentence that names the argument, what was expected and what came.
 void check_shape(const char* op, const char* arg, const TensorView& t, const char* meaning,

@@ -5,7 +5,7 @@
 
 namespace memkernels {
 
-enum class Dtype : uint8_t { f64, f32, bf16, f16, i64, i32 };
+enum class Dtype : uint8_t { f64, f32, bf16, f16, i64, i32, i8, u8, e4m3 };
 enum class DeviceType : uint8_t { cpu, cuda };
 
 struct Device {

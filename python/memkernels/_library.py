@@ -103,6 +103,24 @@ def bump_versions(*tensors: Tensor) -> None:
     torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
+def call(op: Callable, differentiable: tuple[Tensor | None, ...], *args, **options):
+    """Calls a torch op, past the autograd layer if nothing asks for the gradient of these."""
+    if below_autograd(*differentiable):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args, **options)
+    return op(*args, **options)
+
+
+def call_in_place(op: Callable, mutated: tuple[Tensor, ...], *args, **options) -> None:
+    """The same of an op that is in_place() and writes these."""
+    if below_autograd(*(arg for arg in args if isinstance(arg, Tensor))):
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            op(*args, **options)
+        bump_versions(*mutated)
+    else:
+        op(*args, **options)
+
+
 def once_differentiable(op: str) -> None:
     """Makes differentiating ``{op}_backward`` an error instead of a silent constant."""
 

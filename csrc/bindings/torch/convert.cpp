@@ -27,9 +27,15 @@ Dtype dtype_of(const char* op, const char* arg, const Tensor& t) {
     int32_t code;
     Dtype dtype;
   } kDtypes[] = {
-      {aoti_torch_dtype_float32(), Dtype::f32}, {aoti_torch_dtype_bfloat16(), Dtype::bf16},
-      {aoti_torch_dtype_float16(), Dtype::f16}, {aoti_torch_dtype_float64(), Dtype::f64},
-      {aoti_torch_dtype_int32(), Dtype::i32},   {aoti_torch_dtype_int64(), Dtype::i64},
+      {aoti_torch_dtype_float32(), Dtype::f32},
+      {aoti_torch_dtype_bfloat16(), Dtype::bf16},
+      {aoti_torch_dtype_float16(), Dtype::f16},
+      {aoti_torch_dtype_float64(), Dtype::f64},
+      {aoti_torch_dtype_int32(), Dtype::i32},
+      {aoti_torch_dtype_int64(), Dtype::i64},
+      {aoti_torch_dtype_int8(), Dtype::i8},
+      {aoti_torch_dtype_uint8(), Dtype::u8},
+      {aoti_torch_dtype_float8_e4m3fn(), Dtype::e4m3},
   };
   for (const auto& known : kDtypes) {
     if (known.code == code) return known.dtype;
@@ -53,6 +59,12 @@ int32_t code_of(Dtype dtype) {
       return aoti_torch_dtype_int64();
     case Dtype::i32:
       return aoti_torch_dtype_int32();
+    case Dtype::i8:
+      return aoti_torch_dtype_int8();
+    case Dtype::u8:
+      return aoti_torch_dtype_uint8();
+    case Dtype::e4m3:
+      return aoti_torch_dtype_float8_e4m3fn();
   }
   return -1;
 }
