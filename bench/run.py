@@ -24,7 +24,7 @@ import peers
 from case import Case, unit
 from memkernels import _C, _measure
 
-FAMILIES = ("attention", "selection")
+FAMILIES = ("attention", "selection", "lookup")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 

@@ -7,11 +7,6 @@
 namespace memkernels::attention {
 namespace {
 
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
-
 // c += q . k over one chunk of kPair elements.
 template <class T>
 struct Chunk {

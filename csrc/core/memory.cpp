@@ -29,6 +29,29 @@ void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
+void zero_lazily(void* data, size_t bytes) {
+#if defined(__linux__)
+  constexpr size_t kThreshold = size_t{32} << 20;
+  constexpr uintptr_t kPage = 65536;  // at least that of any system
+  char* const begin =
+      reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage);
+  char* const end =
+      reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage);
+  if (bytes >= kThreshold) {
+    // Memory of a file or shared with others would come back as it was: these marks tell.
+    volatile char* const marks[] = {begin, end - 1};
+    for (volatile char* mark : marks) *mark = 1;
+    const bool given_back = madvise(begin, end - begin, MADV_DONTNEED) == 0;
+    if (given_back && *marks[0] == 0 && *marks[1] == 0) {
+      std::memset(data, 0, begin - static_cast<char*>(data));
+      std::memset(end, 0, static_cast<char*>(data) + bytes - end);
+      return;
+    }
+  }
+#endif
+  std::memset(data, 0, bytes);
+}
+
 void copy_around_caches(void* to, const void* from, size_t bytes) {
 #if defined(__SSE2__)
   constexpr size_t kLine = 64;

@@ -16,6 +16,10 @@ inline constexpr size_t align_up(size_t n) {
 // for huge pages from 32 MiB up. Advice only: contents and mapping do not change.
 void advise_huge_pages(void* data, size_t bytes);
 
+// Fills with zeros. A large buffer's pages are given back instead, so that those never written
+// cost nothing, and the others only their first touch.
+void zero_lazily(void* data, size_t bytes);
+
 struct ReleaseWorkspace {
   size_t bytes = 0;
   void operator()(void* p) const;

@@ -500,7 +500,7 @@ def _gate_gradient(ctx, dout):
     return _engram_gate_backward(dout.contiguous(), *ctx.saved_tensors, **ctx.options)
 
 
-def _codes_context(ctx, inputs, keyword_only_inputs, output):
+def _codes_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[0])
     ctx.save_for_backward(*inputs)
 

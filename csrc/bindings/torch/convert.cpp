@@ -5,7 +5,6 @@
 #include <dlfcn.h>
 
 #include <cstdlib>
-#include <cstring>
 
 #include "core/check.h"
 #include "core/memory.h"
@@ -69,7 +68,9 @@ int32_t code_of(Dtype dtype) {
   return -1;
 }
 
-Tensor empty(const int64_t* shape, int ndim, Dtype dtype, Device device, bool zeroed) {
+enum class Contents { undefined, zeros, sparse_zeros };
+
+Tensor empty(const int64_t* shape, int ndim, Dtype dtype, Device device, Contents contents) {
   int64_t strides[kMaxDims];
   int64_t count = 1;
   for (int i = ndim - 1; i >= 0; --i) {
@@ -83,12 +84,12 @@ Tensor empty(const int64_t* shape, int ndim, Dtype dtype, Device device, bool ze
       cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(), device.index, &handle));
   Tensor t(handle);
   if (cuda) {
-    if (zeroed) torch::stable::zero_(t);
+    if (contents != Contents::undefined) torch::stable::zero_(t);
     return t;
   }
   const size_t bytes = count * item_size(dtype);
-  advise_huge_pages(t.data_ptr(), bytes);
-  if (zeroed) std::memset(t.data_ptr(), 0, bytes);
+  if (contents != Contents::sparse_zeros) advise_huge_pages(t.data_ptr(), bytes);
+  if (contents != Contents::undefined) zero_lazily(t.data_ptr(), bytes);
   return t;
 }
 
@@ -132,11 +133,17 @@ TensorView view(const char* op, const char* arg, const OptionalTensor& t) {
 }
 
 Tensor empty(std::initializer_list<int64_t> shape, Dtype dtype, Device device, bool zeroed) {
-  return empty(shape.begin(), static_cast<int>(shape.size()), dtype, device, zeroed);
+  return empty(shape.begin(), static_cast<int>(shape.size()), dtype, device,
+               zeroed ? Contents::zeros : Contents::undefined);
 }
 
 Tensor empty_like(const TensorView& t, bool zeroed) {
-  return empty(t.shape, t.ndim, t.dtype, t.device, zeroed);
+  return empty(t.shape, t.ndim, t.dtype, t.device, zeroed ? Contents::zeros : Contents::undefined);
+}
+
+Tensor sparse_zeros(std::initializer_list<int64_t> shape, Dtype dtype, Device device) {
+  return empty(shape.begin(), static_cast<int>(shape.size()), dtype, device,
+               Contents::sparse_zeros);
 }
 
 OpContext::OpContext(const char* op, Device device) {

@@ -29,6 +29,9 @@ TensorView view(const char* op, const char* arg, const OptionalTensor& t);
 // Contiguous; large ones on the CPU advised to huge pages. `zeroed`: filled with zeros.
 Tensor empty(std::initializer_list<int64_t> shape, Dtype dtype, Device device, bool zeroed = false);
 Tensor empty_like(const TensorView& t, bool zeroed = false);
+// Zeros of which little may ever be written: on the CPU they take memory only then, without huge
+// pages unless the op asks for them.
+Tensor sparse_zeros(std::initializer_list<int64_t> shape, Dtype dtype, Device device);
 
 // Where an op with tensors on `device` runs. Owns what the op allocates there.
 class OpContext {

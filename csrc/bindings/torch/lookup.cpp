@@ -3,8 +3,185 @@
 
 #include "bindings/torch/convert.h"
 #include "core/check.h"
+#include "lookup/embedding_bag.h"
+#include "lookup/product_key_topk.h"
+#include "lookup/sparse_ffn.h"
 
 namespace memkernels::binding {
+
+namespace {
+
+std::tuple<Tensor, Tensor> product_key_topk(const Tensor& query, const Tensor& keys, int64_t k) {
+  constexpr char op[] = "product_key_topk";
+  lookup::ProductKeyArgs a;
+  a.query = view(op, "query", query);
+  a.keys = view(op, "keys", keys);
+  check_floating(op, "query", a.query);
+  check_shape(op, "query", a.query, "[T, H, 2, Dk]", {-1, -1, 2, -1});
+  check(k >= 1, op, "k must be at least 1, got ", k);
+  const int64_t tokens = a.query.shape[0], heads = a.query.shape[1];
+  Tensor scores = empty({tokens, heads, k}, accumulator(a.query.dtype), a.query.device);
+  Tensor indices = empty({tokens, heads, k}, Dtype::i64, a.query.device);
+  a.scores = view(op, "scores", scores);
+  a.indices = view(op, "indices", indices);
+  lookup::product_key_topk(a, OpContext(op, a.query.device));
+  return {scores, indices};
+}
+
+lookup::Bags bags(const char* op, const Tensor& input, const OptionalTensor& offsets,
+                  const OptionalTensor& factors) {
+  return {view(op, "input", input), view(op, "offsets", offsets),
+          view(op, "per_sample_weights", factors)};
+}
+
+int64_t num_bags(const lookup::Bags& bags) {
+  return (given(bags.offsets) ? bags.offsets : bags.input).shape[0];
+}
+
+// `sparse` is the gradient's matter.
+Tensor embedding_bag(const Tensor& input, const Tensor& weight, const OptionalTensor& offsets,
+                     const OptionalTensor& per_sample_weights, const OptionalTensor& scales,
+                     bool /*sparse*/) {
+  constexpr char op[] = "embedding_bag";
+  lookup::EmbeddingBagArgs a;
+  a.bags = bags(op, input, offsets, per_sample_weights);
+  a.weight = view(op, "weight", weight);
+  a.scales = view(op, "scales", scales);
+  check(a.bags.input.ndim >= 1, op, "input must be [T, K], or [n] with offsets, got a number");
+  check_shape(op, "weight", a.weight, "[N, D]", {-1, -1});
+  const bool floating = is_floating(a.weight.dtype);
+  Tensor out = empty({num_bags(a.bags), a.weight.shape[1]}, floating ? a.weight.dtype : Dtype::f32,
+                     a.weight.device);
+  a.out = view(op, "out", out);
+  lookup::embedding_bag(a, OpContext(op, a.weight.device));
+  return out;
+}
+
+lookup::EmbeddingBagGrads bag_grads(const char* op, const Tensor& grad, const Tensor& input,
+                                    const OptionalTensor& offsets,
+                                    const OptionalTensor& per_sample_weights) {
+  lookup::EmbeddingBagGrads a;
+  a.bags = bags(op, input, offsets, per_sample_weights);
+  a.grad = view(op, "grad", grad);
+  check_floating(op, "grad", a.grad);
+  check_shape(op, "grad", a.grad, "[T, D]", {-1, -1});
+  return a;
+}
+
+std::tuple<Tensor, Tensor, Tensor> embedding_bag_rows(const Tensor& grad, const Tensor& input,
+                                                      const OptionalTensor& offsets,
+                                                      const OptionalTensor& per_sample_weights,
+                                                      int64_t num_embeddings) {
+  constexpr char op[] = "embedding_bag_backward";
+  lookup::EmbeddingBagGrads a = bag_grads(op, grad, input, offsets, per_sample_weights);
+  check(num_embeddings >= 0, op, "num_embeddings must not be negative, got ", num_embeddings);
+  const int64_t size = numel(a.bags.input);
+  Tensor rows = empty({size}, Dtype::i64, a.grad.device);
+  Tensor grads = sparse_zeros({size, a.grad.shape[1]}, accumulator(a.grad.dtype), a.grad.device);
+  Tensor count = empty({1}, Dtype::i64, a.grad.device);
+  a.rows = view(op, "rows", rows);
+  a.grads = view(op, "grads", grads);
+  a.count = view(op, "count", count);
+  lookup::embedding_bag_backward(op, a, num_embeddings, OpContext(op, a.grad.device));
+  return {rows, grads, count};
+}
+
+Tensor embedding_bag_dense(const Tensor& grad, const Tensor& input, const OptionalTensor& offsets,
+                           const OptionalTensor& per_sample_weights, int64_t num_embeddings) {
+  constexpr char op[] = "embedding_bag_backward";
+  lookup::EmbeddingBagGrads a = bag_grads(op, grad, input, offsets, per_sample_weights);
+  check(num_embeddings >= 0, op, "num_embeddings must not be negative, got ", num_embeddings);
+  Tensor dense = sparse_zeros({num_embeddings, a.grad.shape[1]}, a.grad.dtype, a.grad.device);
+  a.dense = view(op, "dense", dense);
+  lookup::embedding_bag_backward(op, a, num_embeddings, OpContext(op, a.grad.device));
+  return dense;
+}
+
+void embedding_bag_accumulate(const Tensor& out, const Tensor& grad, const Tensor& input,
+                              const OptionalTensor& offsets,
+                              const OptionalTensor& per_sample_weights) {
+  constexpr char op[] = "embedding_bag_backward";
+  lookup::EmbeddingBagGrads a = bag_grads(op, grad, input, offsets, per_sample_weights);
+  a.dense = view(op, "out", out);
+  a.accumulate = true;
+  check_shape(op, "out", a.dense, "[N, D]", {-1, -1});
+  lookup::embedding_bag_backward(op, a, a.dense.shape[0], OpContext(op, a.grad.device));
+}
+
+Tensor embedding_bag_weights(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                             const OptionalTensor& offsets) {
+  constexpr char op[] = "embedding_bag_weights";
+  lookup::EmbeddingBagWeightsArgs a;
+  a.bags = bags(op, input, offsets, std::nullopt);
+  a.grad = view(op, "grad", grad);
+  a.weight = view(op, "weight", weight);
+  TensorView like = a.bags.input;
+  like.dtype = accumulator(a.weight.dtype);
+  Tensor out = empty_like(like);
+  a.out = view(op, "out", out);
+  lookup::embedding_bag_weights(a, OpContext(op, a.weight.device));
+  return out;
+}
+
+lookup::SparseFfnArgs ffn_args(const char* op, const Tensor& x, const Tensor& up,
+                               const Tensor& down, const Tensor& indices,
+                               const OptionalTensor& weights, const std::string& activation) {
+  using lookup::Activation;
+  lookup::SparseFfnArgs a;
+  a.x = view(op, "x", x);
+  a.up = view(op, "up", up);
+  a.down = view(op, "down", down);
+  a.indices = view(op, "indices", indices);
+  a.weights = view(op, "weights", weights);
+  static const struct {
+    const char* name;
+    Activation activation;
+  } kActivations[] = {{"gelu", Activation::gelu},
+                      {"gelu_tanh", Activation::gelu_tanh},
+                      {"silu", Activation::silu},
+                      {"relu", Activation::relu},
+                      {"none", Activation::none}};
+  bool known = false;
+  for (const auto& candidate : kActivations) {
+    if (activation != candidate.name) continue;
+    a.activation = candidate.activation;
+    known = true;
+  }
+  check(known, op, "activation must be gelu, gelu_tanh, silu, relu or none, got ", activation);
+  check_shape(op, "x", a.x, "[T, D]", {-1, -1});
+  check_shape(op, "down", a.down, "[N, Dout]", {-1, -1});
+  return a;
+}
+
+Tensor sparse_ffn(const Tensor& x, const Tensor& up, const Tensor& down, const Tensor& indices,
+                  const OptionalTensor& weights, std::string activation) {
+  constexpr char op[] = "sparse_ffn";
+  lookup::SparseFfnArgs a = ffn_args(op, x, up, down, indices, weights, activation);
+  Tensor out = empty({a.x.shape[0], a.down.shape[1]}, a.x.dtype, a.x.device);
+  a.out = view(op, "out", out);
+  lookup::sparse_ffn(a, OpContext(op, a.x.device));
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_ffn_backward(const Tensor& dy, const Tensor& x,
+                                                               const Tensor& up, const Tensor& down,
+                                                               const Tensor& indices,
+                                                               const OptionalTensor& weights,
+                                                               std::string activation) {
+  constexpr char op[] = "sparse_ffn_backward";
+  const lookup::SparseFfnArgs a = ffn_args(op, x, up, down, indices, weights, activation);
+  TensorView factors = a.indices;
+  factors.dtype = accumulator(a.x.dtype);
+  Tensor dx = empty_like(a.x), dweights = empty_like(factors);
+  Tensor up_factors = empty_like(factors), down_factors = empty_like(factors);
+  const lookup::SparseFfnGrads grads{
+      view(op, "dy", dy), view(op, "dx", dx), view(op, "dweights", dweights),
+      view(op, "up_factors", up_factors), view(op, "down_factors", down_factors)};
+  lookup::sparse_ffn_backward(a, grads, OpContext(op, a.x.device));
+  return {dx, dweights, up_factors, down_factors};
+}
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MEMKERNELS_NAMESPACE, m) {
   m.def("product_key_topk(Tensor query, Tensor keys, *, int k) -> (Tensor scores, Tensor indices)");
@@ -51,6 +228,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MEMKERNELS_NAMESPACE, m) {
       "sparse_ffn_backward(Tensor dy, Tensor x, Tensor up, Tensor down, Tensor indices, "
       "Tensor? weights, *, str activation) "
       "-> (Tensor dx, Tensor dweights, Tensor up_factors, Tensor down_factors)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) {
+  m.impl("product_key_topk", TORCH_BOX(&product_key_topk));
+  m.impl("embedding_bag", TORCH_BOX(&embedding_bag));
+  m.impl("embedding_bag_rows", TORCH_BOX(&embedding_bag_rows));
+  m.impl("embedding_bag_dense", TORCH_BOX(&embedding_bag_dense));
+  m.impl("embedding_bag_accumulate", TORCH_BOX(&embedding_bag_accumulate));
+  m.impl("embedding_bag_weights", TORCH_BOX(&embedding_bag_weights));
+  m.impl("sparse_ffn", TORCH_BOX(&sparse_ffn));
+  m.impl("sparse_ffn_backward", TORCH_BOX(&sparse_ffn_backward));
 }
 
 }  // namespace memkernels::binding

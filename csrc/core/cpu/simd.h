@@ -70,6 +70,12 @@ using Acc = typename AccOf<T>::type;
 template <class T>
 constexpr int kPair = 2 * kLanes<Acc<T>>;
 
+// A number as a type, for functions with a loop to unroll.
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 template <class To, class From>
@@ -184,6 +190,27 @@ MK_INLINE Vec<Acc<T>> load_ordered(const T* p) {
 #endif
   } else {
     return load(p);
+  }
+}
+
+// The inverse of load_ordered.
+template <class T>
+MK_INLINE void store_ordered(T* p, Vec<Acc<T>> v) {
+  if constexpr (__is_same(T, bf16)) {
+    const Halves bits = __builtin_convertvector(bf16_round(v) >> 16, Halves);
+    memcpy(p, &bits, sizeof(bits));
+  } else if constexpr (__is_same(T, f16)) {
+#if defined(__AVX512F__)
+    const __m256i bits = _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+    memcpy(p, &bits, sizeof(bits));
+#elif defined(__F16C__)
+    const __m128i bits = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
+    memcpy(p, &bits, sizeof(bits));
+#else
+    for (int i = 0; i < kLanes<float>; ++i) p[i].bits = float_to_half(v[i]);
+#endif
+  } else {
+    store(p, v);
   }
 }
 

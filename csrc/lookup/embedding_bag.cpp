@@ -1,0 +1,134 @@
+#include "lookup/embedding_bag.h"
+
+#include <algorithm>
+
+#include "attention/plan.h"
+#include "core/check.h"
+#include "core/memory.h"
+#include "lookup/bags.h"
+
+namespace memkernels::lookup {
+
+namespace {
+
+using attention::workers_for;
+
+bool quantised(Dtype d) { return d == Dtype::i8 || d == Dtype::e4m3; }
+
+void check_weight(const char* op, const TensorView& weight) {
+  const bool known = is_floating(weight.dtype) || quantised(weight.dtype);
+  check(known, op, "weight has an unsupported dtype ", name(weight.dtype),
+        "; supported: float32, bfloat16, float16, float64 on the CPU, and with scales int8 and "
+        "float8_e4m3fn");
+  check_shape(op, "weight", weight, "[N, D]", {-1, -1});
+  check(weight.shape[1] > 0, op, "weight has rows of D = 0");
+  check_rows_contiguous(op, "weight", weight);
+}
+
+void check_scales(const char* op, const TensorView& scales, const TensorView& weight) {
+  if (!quantised(weight.dtype)) {
+    check(!given(scales), op, "scales must be None with ", name(weight.dtype), " weight");
+    return;
+  }
+  check(given(scales), op, "scales are needed with ", name(weight.dtype), " weight");
+  check(scales.dtype == Dtype::f32 || scales.dtype == Dtype::u8, op,
+        "scales must be float32, or uint8 for e8m0, got ", name(scales.dtype));
+  const bool fits = scales.ndim == 2 && scales.shape[0] == weight.shape[0] && scales.shape[1] > 0 &&
+                    weight.shape[1] % scales.shape[1] == 0;
+  check(fits, op, "scales must be [N, D / block] for weight ", shape_of(weight), ", got ",
+        shape_of(scales));
+  check_device(op, "scales", scales, weight.device);
+}
+
+// The gradient of the result, for bags of these.
+void check_grad(const char* op, const TensorView& grad, const Bags& bags) {
+  check_floating(op, "grad", grad);
+  check_shape(op, "grad", grad, "[T, D]", {num_bags(bags), -1});
+  check(grad.shape[1] > 0, op, "grad has rows of D = 0");
+  check_rows_contiguous(op, "grad", grad);
+}
+
+Isa isa_for(Dtype dtype) { return dtype == Dtype::f64 ? Isa::baseline : cpu_isa(); }
+
+void sum(const SumArgs& args, const Context& ctx) {
+  const int64_t dim = args.table.shape[1], entries = args.lists.starts[args.lists.count];
+  const int workers = workers_for(ctx, static_cast<double>(entries + args.lists.count) * dim);
+  const auto cuts = cut_lists(args.lists, dim, workers, given(args.scales));
+  const SumKernel kernel =
+      MEMKERNELS_CPU(isa_for(args.table.dtype), sum_rows_kernel)(args.table.dtype);
+  const size_t scratch_bytes = align_up(kernel.scratch_bytes(dim));
+  const Workspace workspace = allocate_workspace(workers * scratch_bytes);
+  char* scratch = static_cast<char*>(workspace.get());
+  run_tasks(ctx, workers, static_cast<int64_t>(cuts.size()), [&](int64_t i, int worker) {
+    kernel.run(args, cuts[i], scratch + worker * scratch_bytes);
+  });
+}
+
+}  // namespace
+
+void embedding_bag(const EmbeddingBagArgs& a, const Context& ctx) {
+  constexpr char op[] = "embedding_bag";
+  check_weight(op, a.weight);
+  check_scales(op, a.scales, a.weight);
+  check_bags(op, "input", "per_sample_weights", a.bags, a.weight.device, a.out.dtype);
+  const OwnedLists lists =
+      make_lists(op, "input", a.bags, a.weight.shape[0], accumulator(a.out.dtype));
+  sum({lists, a.weight, a.scales, a.out, nullptr, false}, ctx);
+}
+
+void embedding_bag_backward(const char* op, const EmbeddingBagGrads& a, int64_t num_embeddings,
+                            const Context& ctx) {
+  check_bags(op, "input", "per_sample_weights", a.bags, a.grad.device, a.grad.dtype);
+  check_grad(op, a.grad, a.bags);
+  const int64_t dim = a.grad.shape[1];
+  if (a.accumulate) {
+    check_shape(op, "out", a.dense, "[num_embeddings, D]", {num_embeddings, dim});
+    check_companion(op, "out", a.dense, a.grad.dtype);
+    check_device(op, "out", a.dense, a.grad.device);
+    check_rows_contiguous(op, "out", a.dense);
+    check(num_embeddings < 2 || a.dense.stride[0] >= dim, op, "out has rows that overlap");
+  }
+  const Dtype sums = accumulator(a.grad.dtype);
+  const OwnedLists lists = make_lists(op, "input", a.bags, num_embeddings, sums);
+  const Readers readers = invert(lists, num_embeddings, sums);
+  const int64_t found = static_cast<int64_t>(readers.rows.size());
+  const bool listed = given(a.rows);
+  const TensorView& out = listed ? a.grads : a.dense;
+  if (listed) {
+    int64_t* rows = static_cast<int64_t*>(a.rows.data);
+    std::copy(readers.rows.begin(), readers.rows.end(), rows);
+    std::fill(rows + found, rows + a.rows.shape[0], -1);
+    *static_cast<int64_t*>(a.count.data) = found;
+  }
+  // What fills most pages of a fresh buffer is better off with large ones.
+  const int64_t row_bytes = dim * item_size(out.dtype);
+  if (!a.accumulate && 8 * found >= out.shape[0]) {
+    advise_huge_pages(out.data, (listed ? found : out.shape[0]) * row_bytes);
+  }
+  sum({readers.lists, a.grad, {}, out, listed ? nullptr : readers.rows.data(), a.accumulate}, ctx);
+}
+
+void embedding_bag_weights(const EmbeddingBagWeightsArgs& a, const Context& ctx) {
+  constexpr char op[] = "embedding_bag_weights";
+  check_weight(op, a.weight);
+  check_bags(op, "input", "per_sample_weights", a.bags, a.weight.device, a.weight.dtype);
+  check_grad(op, a.grad, a.bags);
+  check_dtype(op, "grad", a.grad, a.weight.dtype);
+  const int64_t dim = a.weight.shape[1];
+  check_shape(op, "grad", a.grad, "[T, D]", {-1, dim});
+  const OwnedLists lists =
+      make_lists(op, "input", a.bags, a.weight.shape[0], accumulator(a.weight.dtype));
+  const int workers = workers_for(ctx, static_cast<double>(numel(a.bags.input)) * dim);
+  const auto cuts = cut_lists(lists, dim, workers, true);
+  const Dtype dtype = a.weight.dtype;
+  const ProductKernel kernel = MEMKERNELS_CPU(isa_for(dtype), multiply_rows_kernel)(dtype);
+  const size_t scratch_bytes = align_up(kernel.scratch_bytes(dim));
+  const Workspace workspace = allocate_workspace(workers * scratch_bytes);
+  char* scratch = static_cast<char*>(workspace.get());
+  const ProductArgs args{lists, a.grad, a.weight, a.out.data};
+  run_tasks(ctx, workers, static_cast<int64_t>(cuts.size()), [&](int64_t i, int worker) {
+    kernel.run(args, cuts[i], scratch + worker * scratch_bytes);
+  });
+}
+
+}  // namespace memkernels::lookup

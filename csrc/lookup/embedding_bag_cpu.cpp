@@ -1,0 +1,150 @@
+// out[i] = sum over list i of factor * row: forward, rows of the table; backward, rows of the
+// result's gradient, listed by the row of the table that they flow into. And for the gradient of
+// the factors x[i] . row.
+//
+// Cost: entries * D multiply-adds, far fewer than the loads they wait for: each row is read from
+// wherever it lies, entries * D elements in all.
+#include "lookup/embedding_bag.h"
+
+#include "core/cpu/arena.h"
+#include "lookup/rows_cpu.h"
+
+namespace memkernels::lookup {
+namespace {
+
+template <class A>
+size_t padded_row_bytes(int64_t dim) {
+  Arena arena{nullptr};
+  arena.take<A>(round_up(dim, kLanes<A>));
+  return arena.used;
+}
+
+float scale_of(const TensorView& scales, int64_t row, int64_t block) {
+  const int64_t at = row * scales.stride[0] + block * scales.stride[1];
+  if (scales.dtype == Dtype::f32) return static_cast<const float*>(scales.data)[at];
+  const uint32_t exponent = static_cast<const uint8_t*>(scales.data)[at];
+  return bit_cast<float>(exponent == 255 ? 0x7fc00000u
+                         : exponent == 0 ? 0x400000u
+                                         : exponent << 23);
+}
+
+// sums += factor * scales * row
+template <class R>
+MK_INLINE void add_quantised(const R* row, int64_t columns, const TensorView& scales, int64_t index,
+                             float factor, float* sums) {
+  constexpr int W = kLanes<float>;
+  const int64_t blocks = scales.shape[1], block = columns / blocks;
+  for (int64_t b = 0; b < blocks; ++b, row += block, sums += block) {
+    const float scale = factor * scale_of(scales, index, b);
+    int64_t c = 0;
+    for (; c + W <= block; c += W) store(sums + c, load(sums + c) + scale * load_elements(row + c));
+    if (c == block) continue;
+    const Vec<float> rest = scale * load_some(row + c, block - c);
+    for (int64_t i = c; i < block; ++i) sums[i] += rest[i - c];
+  }
+}
+
+template <class R>
+void sum_quantised(const SumArgs& args, int64_t list, const Table<R>& table, float* sums) {
+  for (int64_t c = 0; c < table.columns; c += kLanes<float>) store(sums + c, Vec<float>{});
+  for_groups(args.lists, list, table,
+             [&](auto group, auto* places, auto* rows, auto* next) __attribute__((always_inline)) {
+               for (int g = 0; g < decltype(group)::value; ++g) {
+                 prefetch_row(next[g], table.columns);
+                 add_quantised(rows[g], table.columns, args.scales, args.lists.rows[places[g]],
+                               factor_of<float>(args.lists, places[g]), sums);
+               }
+             });
+}
+
+template <class R>
+void sum_rows(const SumArgs& args, const Cut& cut, void* scratch) {
+  using A = Acc<R>;
+  const Table<R> table(args.table, cut.column, cut.columns);
+  A* sums = static_cast<A*>(scratch);
+  const auto write = [&](auto* out) {
+    for (int64_t list = cut.begin; list < cut.end; ++list) {
+      if constexpr (kQuantised<R>) {
+        sum_quantised(args, list, table, sums);
+      } else {
+        sum_list(
+            args.lists, list, table, [&](int64_t i) { return factor_of<A>(args.lists, i); }, sums);
+      }
+      const int64_t row = args.out_rows == nullptr ? list : args.out_rows[list];
+      auto* to = out + row * args.out.stride[0] + cut.column;
+      for (int64_t c = 0; c < cut.columns && args.accumulate; c += kLanes<A>) {
+        store(sums + c, load(sums + c) + load_some(to + c, cut.columns - c));
+      }
+      write_row(sums, cut.columns, to);
+    }
+  };
+  if constexpr (kQuantised<R>) {
+    write(static_cast<float*>(args.out.data));
+  } else if (args.out.dtype == args.table.dtype) {
+    write(static_cast<R*>(args.out.data));
+  } else {
+    write(static_cast<A*>(args.out.data));
+  }
+}
+
+template <class R>
+void multiply_rows(const ProductArgs& args, const Cut& cut, void* scratch) {
+  using A = Acc<R>;
+  const Table<R> table(args.table, 0, args.table.shape[1]);
+  A* x = static_cast<A*>(scratch);
+  for (int64_t list = cut.begin; list < cut.end; ++list) {
+    read_row<R>(args.x, list, x);
+    multiply_list(args.lists, list, table, x, static_cast<A*>(args.out));
+  }
+}
+
+template <class R>
+constexpr SumKernel sum_kernel() {
+  return {padded_row_bytes<Acc<R>>, sum_rows<R>};
+}
+
+template <class R>
+constexpr ProductKernel product_kernel() {
+  return {padded_row_bytes<Acc<R>>, multiply_rows<R>};
+}
+
+}  // namespace
+
+namespace cpu::MEMKERNELS_ISA {
+
+SumKernel sum_rows_kernel(Dtype table) {
+  switch (table) {
+    case Dtype::bf16:
+      return sum_kernel<bf16>();
+    case Dtype::f16:
+      return sum_kernel<f16>();
+    case Dtype::i8:
+      return sum_kernel<int8_t>();
+    case Dtype::e4m3:
+      return sum_kernel<e4m3>();
+#if defined(MEMKERNELS_BASELINE)
+    case Dtype::f64:
+      return sum_kernel<double>();
+#endif
+    default:
+      return sum_kernel<float>();
+  }
+}
+
+ProductKernel multiply_rows_kernel(Dtype table) {
+  switch (table) {
+    case Dtype::bf16:
+      return product_kernel<bf16>();
+    case Dtype::f16:
+      return product_kernel<f16>();
+#if defined(MEMKERNELS_BASELINE)
+    case Dtype::f64:
+      return product_kernel<double>();
+#endif
+    default:
+      return product_kernel<float>();
+  }
+}
+
+}  // namespace cpu::MEMKERNELS_ISA
+}  // namespace memkernels::lookup

@@ -1,0 +1,336 @@
+// The k best of s1[i] + s2[j] over all i, j < N, with s1 = q1 . K1 and s2 = q2 . K2. They are among
+// the pairs of the k best of each half; with both in order, among those of ranks r1 r2 <= k.
+//
+// Cost: 4 N Dk flops a token and head for the scores of both halves, whose N numbers are then
+// compared twice: with each other, for a bound that k of them reach, and with that bound. What
+// passes, some 1.4 k, is put in order by counting.
+#include "lookup/product_key_topk.h"
+
+#include "attention/few_rows_cpu.h"
+#include "core/cpu/arena.h"
+#include "selection/kth_largest_cpu.h"
+
+namespace memkernels::lookup {
+namespace {
+
+using attention::for_row_groups;
+using attention::kBlockKeys;
+using attention::kTileKeys;
+using attention::score_tile;
+using selection::Key;
+using selection::key_of;
+using selection::keys_of;
+using selection::kth_largest;
+using selection::value_of;
+
+constexpr int64_t kMost = 128;  // k
+// Scores of a half that may pass a bound before the worst of them are dropped.
+constexpr int64_t kRoom = 3 * kMost;
+// Pairs of ranks r1 r2 <= kMost: 632, and all of them may be equal.
+constexpr int64_t kPairs = 640;
+
+// What no score is found below: all but NaN and -inf reach it.
+template <class A>
+constexpr A kLowest = sizeof(A) == 8 ? A(-1.7976931348623157e308) : A(-3.40282347e38f);
+
+template <class A>
+MK_INLINE Lane<A> lane_numbers() {
+  Lane<A> lanes;
+  for (int i = 0; i < kLanes<A>; ++i) lanes[i] = i;
+  return lanes;
+}
+
+// Numbers that may be among the k best, in the order in which they were found.
+template <class A, class Index, int64_t room>
+struct Candidates {
+  static constexpr int W = kLanes<A>;
+
+  A values[room + W];
+  Index indices[room + W];
+  int64_t found;
+  A least;  // what another one must reach
+
+  void start(A bound) {
+    found = 0;
+    least = bound > kLowest<A> ? bound : kLowest<A>;
+  }
+
+  template <class IndexOf>
+  MK_INLINE void add(Vec<A> x, int64_t k, const IndexOf& index_of) {
+    for (uint32_t bits = lane_bits<A>(x >= least); bits != 0; bits &= bits - 1) {
+      const int lane = __builtin_ctz(bits);
+      values[found] = x[lane];
+      indices[found++] = index_of(lane);
+      if (found == room) keep_best(k);
+    }
+  }
+
+  __attribute__((noinline)) void keep_best(int64_t k) {
+    Key<A> keys[room + W];
+    for (int64_t i = 0; i < found; ++i) keys[i] = key_of<A>(values[i]);
+    const Key<A> cut = kth_largest<A>(keys, found, k);
+    int64_t equal = k, kept = 0;
+    for (int64_t i = 0; i < found; ++i) equal -= keys[i] > cut;
+    for (int64_t i = 0; i < found; ++i) {
+      if (keys[i] < cut || (keys[i] == cut && equal-- <= 0)) continue;
+      values[kept] = values[i];
+      indices[kept++] = indices[i];
+    }
+    found = kept;
+    least = value_of<A>(cut);
+  }
+
+  // The first `count` of them, larger ones first and of equal ones those found first.
+  MK_INLINE void sort(int64_t count, A* best, Index* best_indices) {
+    for (int64_t i = found; i < round_up(found, W); ++i) values[i] = -kInfinity<A>;
+    const Lane<A> lanes = lane_numbers<A>();
+    for (int64_t i = 0; i < found; i += W) {
+      // A number's rank is how many precede it: those larger, and equal ones found before.
+      const Vec<A> x = load(values + i);
+      Lane<A> ranks{};
+      for (int64_t j = 0; j < i; ++j) ranks -= splat(values[j]) >= x;
+      for (int j = 0; j < W; ++j) {
+        const Vec<A> y = splat(values[i + j]);
+        ranks -= (y > x) | ((y == x) & (lanes > j));
+      }
+      for (int64_t j = i + W; j < found; ++j) ranks -= splat(values[j]) > x;
+      for (int lane = 0; lane < W && i + lane < found; ++lane) {
+        if (ranks[lane] >= count) continue;
+        best[ranks[lane]] = x[lane];
+        best_indices[ranks[lane]] = indices[i + lane];
+      }
+    }
+  }
+};
+
+template <class T>
+struct ProductKeys {
+  using A = Acc<T>;
+  using M = Math<T>;
+  using Unit = typename M::Unit;
+  static constexpr int W = kLanes<A>;
+  static constexpr int P = kPanel<A>;
+
+  struct Best {
+    A values[kMost + W];
+    int32_t indices[kMost];
+  };
+
+  struct Scratch {
+    const T** rows;                       // of queries or keys
+    Unit* q;                              // [kProductKeyTokens] of units of Dk
+    A* scores;                            // [kProductKeyTokens][kHalfBlock]
+    A* few;                               // [kFewTokens][kBlockKeys]
+    Candidates<A, int32_t, kRoom>* half;  // [kProductKeyTokens]
+    Best* best;                           // [kProductKeyTokens][2]
+    Candidates<A, int64_t, kPairs>* pairs;
+    A* sums;           // [kPairs]: pairs in order
+    int64_t* indices;  // [kPairs]
+    size_t bytes;
+    Scratch(const ProductKeyArgs& args, void* base) {
+      const int64_t dim = round_up(args.query.shape[3], kPair<T>);
+      Arena arena{static_cast<char*>(base)};
+      rows = arena.take<const T*>(kHalfBlock);
+      q = arena.take<Unit>(kProductKeyTokens * dim);
+      scores = arena.take<A>(kProductKeyTokens * kHalfBlock);
+      few = arena.take<A>(kFewTokens * kBlockKeys);
+      half = arena.take<Candidates<A, int32_t, kRoom>>(kProductKeyTokens);
+      best = arena.take<Best>(kProductKeyTokens * 2);
+      pairs = arena.take<Candidates<A, int64_t, kPairs>>(1);
+      sums = arena.take<A>(kPairs);
+      indices = arena.take<int64_t>(kPairs);
+      bytes = arena.used;
+    }
+  };
+
+  static size_t scratch_bytes(const ProductKeyArgs& args) { return Scratch(args, nullptr).bytes; }
+
+  static int64_t padded_units(const ProductKeyArgs& args) {
+    return round_up(args.query.shape[3], kPair<T>) / M::kElements;
+  }
+
+  static size_t packed_bytes(const ProductKeyArgs& args) {
+    return round_up(args.keys.shape[2], P) * padded_units(args) * sizeof(Unit);
+  }
+
+  static const T* key(const ProductKeyArgs& args, int64_t head, int half, int64_t i) {
+    const int64_t* stride = args.keys.stride;
+    return static_cast<const T*>(args.keys.data) + head * stride[0] + half * stride[1] +
+           i * stride[2];
+  }
+
+  static void pack(const ProductKeyArgs& args, int64_t head, int half, int64_t begin, int64_t end,
+                   void* packed) {
+    const T* rows[kHalfBlock];
+    const int64_t count = round_up(end - begin, P);
+    for (int64_t i = 0; i < count; ++i) {
+      rows[i] = begin + i < end ? key(args, head, half, begin + i) : nullptr;
+    }
+    pack_b_transposed<T>(rows, count, args.query.shape[3],
+                         static_cast<Unit*>(packed) + begin * padded_units(args));
+  }
+
+  const ProductKeyArgs& args;
+  const int64_t head, first_token, num_tokens;
+  const int64_t dim, size, k;
+  const Scratch s;
+
+  static void run(const ProductKeyArgs& args, int64_t head, int64_t first_token, int64_t num_tokens,
+                  const void* packed, void* scratch) {
+    const ProductKeys self{args,
+                           head,
+                           first_token,
+                           num_tokens,
+                           args.query.shape[3],
+                           args.keys.shape[2],
+                           args.scores.shape[2],
+                           Scratch(args, scratch)};
+    for (int half = 0; half < 2; ++half) {
+      self.search(half, packed == nullptr ? nullptr
+                                          : static_cast<const char*>(packed) +
+                                                half * round_up(packed_bytes(args), 64));
+    }
+    for (int64_t t = 0; t < num_tokens; ++t) self.merge(t);
+  }
+
+  // The k best of one half for every token.
+  void search(int half, const void* packed) const {
+    const int64_t* stride = args.query.stride;
+    for (int64_t t = 0; t < kProductKeyTokens; ++t) {
+      s.rows[t] = t < num_tokens
+                      ? static_cast<const T*>(args.query.data) + (first_token + t) * stride[0] +
+                            head * stride[1] + half * stride[2]
+                      : nullptr;
+    }
+    const int64_t rows = round_up(num_tokens, kTileRows);
+    const int64_t q_stride = pack_a<T>(s.rows, rows, dim, s.q);
+    for (int64_t begin = 0; begin < size; begin += kHalfBlock) {
+      const int64_t count = size - begin < kHalfBlock ? size - begin : kHalfBlock;
+      if (packed != nullptr) {
+        dot_products<M>(rows, round_up(count, P), padded_units(args), s.q, q_stride,
+                        static_cast<const Unit*>(packed) + begin * padded_units(args), s.scores,
+                        kHalfBlock);
+      } else {
+        score_few(half, begin, count, q_stride);
+      }
+      for (int64_t t = 0; t < num_tokens; ++t) {
+        A* scores = s.scores + t * kHalfBlock;
+        for (int64_t i = count; i < round_up(count, W); ++i) scores[i] = -kInfinity<A>;
+        auto& found = s.half[t];
+        if (begin == 0) found.start(bound(scores, count));
+        for (int64_t i = 0; i < count; i += W) {
+          found.add(load(scores + i), k,
+                    [&](int lane) { return static_cast<int32_t>(begin + i + lane); });
+        }
+      }
+    }
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      Best& best = s.best[2 * t + half];
+      for (int64_t i = s.half[t].found; i < k + W; ++i) best.values[i] = -kInfinity<A>;
+      s.half[t].sort(k, best.values, best.indices);
+    }
+  }
+
+  void score_few(int half, int64_t begin, int64_t count, int64_t q_stride) const {
+    for (int64_t at = 0; at < count; at += kBlockKeys) {
+      for (int64_t i = 0; i < kBlockKeys; ++i) {
+        s.rows[i] = key(args, head, half, begin + (at + i < count ? at + i : at));
+      }
+      for_row_groups<A>(num_tokens, [&](auto rows_at_once, int64_t r) {
+        constexpr int R = decltype(rows_at_once)::value;
+        for (int64_t j = 0; j < kBlockKeys; j += kTileKeys<T, R>) {
+          score_tile<T, R>(s.q + r * q_stride, q_stride, s.rows + j, dim,
+                           s.few + r * kBlockKeys + j);
+        }
+      });
+      for (int64_t t = 0; t < num_tokens; ++t) {
+        memcpy(s.scores + t * kHalfBlock + at, s.few + t * kBlockKeys, kBlockKeys * sizeof(A));
+      }
+    }
+  }
+
+  // A number that k of the scores reach, or -inf: the k-th of the maxima of at least 2 k groups.
+  A bound(const A* scores, int64_t count) const {
+    constexpr int kMostGroups = 2 * kMost / W;
+    const int64_t groups = round_up(2 * k, W) / W;
+    if (count < 2 * groups * W) return -kInfinity<A>;
+    Vec<A> most[kMostGroups];
+    for (int64_t g = 0; g < groups; ++g) most[g] = splat(-kInfinity<A>);
+    for (int64_t i = 0; i + groups * W <= count; i += groups * W) {
+      for (int64_t g = 0; g < groups; ++g) {
+        const Vec<A> x = load(scores + i + g * W);
+        most[g] = x > most[g] ? x : most[g];
+      }
+    }
+    Key<A> keys[kMostGroups * W];
+    for (int64_t g = 0; g < groups; ++g) store(keys + g * W, keys_of<A>(most[g]));
+    return value_of<A>(kth_largest<A>(keys, groups * W, k));
+  }
+
+  void merge(int64_t t) const {
+    const Best &first = s.best[2 * t], &second = s.best[2 * t + 1];
+    // Pairs of ranks up to i + 1 and k / (i + 1), rounded up, are k that reach the sum of the last.
+    A bound = -kInfinity<A>;
+    for (int64_t i = 0; i < k; ++i) {
+      const A last = first.values[i] + second.values[(k + i) / (i + 1) - 1];
+      if (last > bound) bound = last;
+    }
+    auto& pairs = *s.pairs;
+    pairs.start(bound);
+    const Lane<A> lanes = lane_numbers<A>();
+    for (int64_t i = 0; i < k && first.values[i] > -kInfinity<A>; ++i) {
+      const int64_t ranks = k / (i + 1);
+      for (int64_t j = 0; j < ranks; j += W) {
+        const Vec<A> sums = first.values[i] + load(second.values + j);
+        const Key<A> left = static_cast<Key<A>>(ranks - j);
+        pairs.add(lanes < left ? sums : splat(-kInfinity<A>), k, [&](int lane) {
+          return int64_t{first.indices[i]} * size + second.indices[j + lane];
+        });
+      }
+    }
+    pairs.sort(pairs.found, s.sums, s.indices);
+    for (int64_t i = 1; i < pairs.found; ++i) {  // equal ones by index
+      const int64_t index = s.indices[i];
+      int64_t at = i;
+      for (; at > 0 && s.sums[at - 1] == s.sums[i] && s.indices[at - 1] > index; --at) {
+        s.indices[at] = s.indices[at - 1];
+      }
+      s.indices[at] = index;
+    }
+    const int64_t out = ((first_token + t) * args.query.shape[1] + head) * k;
+    A* scores = static_cast<A*>(args.scores.data) + out;
+    int64_t* indices = static_cast<int64_t*>(args.indices.data) + out;
+    for (int64_t i = 0; i < k; ++i) {
+      scores[i] = i < pairs.found ? s.sums[i] : -kInfinity<A>;
+      indices[i] = i < pairs.found ? s.indices[i] : -1;
+    }
+  }
+};
+
+template <class T>
+constexpr ProductKeyKernel kernel_for() {
+  return {ProductKeys<T>::packed_bytes, ProductKeys<T>::pack, ProductKeys<T>::scratch_bytes,
+          ProductKeys<T>::run};
+}
+
+}  // namespace
+
+namespace cpu::MEMKERNELS_ISA {
+
+ProductKeyKernel product_key_kernel(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::bf16:
+      return kernel_for<bf16>();
+    case Dtype::f16:
+      return kernel_for<f16>();
+#if defined(MEMKERNELS_BASELINE)
+    case Dtype::f64:
+      return kernel_for<double>();
+#endif
+    default:
+      return kernel_for<float>();
+  }
+}
+
+}  // namespace cpu::MEMKERNELS_ISA
+}  // namespace memkernels::lookup

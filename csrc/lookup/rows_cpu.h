@@ -1,0 +1,222 @@
+// What lookups do with the rows of a table: add up those that a list names, and multiply them with
+// a vector. A row is read once, in groups of rows side by side, while later ones are asked for.
+//
+// A column's sum takes the rows in the list's order, and a product the columns in one order, so
+// that no bit depends on how work is cut or grouped.
+#pragma once
+
+#include "core/cpu/simd.h"
+#include "core/tensor.h"
+#include "lookup/lists.h"
+
+namespace memkernels::lookup {
+namespace {
+
+// Rows side by side: their loads wait for memory together.
+constexpr int kGroup = 4;
+// Bytes asked for ahead of the arithmetic.
+constexpr int64_t kAheadBytes = 8192;
+constexpr int kLine = 64;
+
+struct e4m3 {
+  uint8_t bits;
+};
+
+template <class R>
+constexpr bool kQuantised = sizeof(R) == 1;
+
+template <class R>
+MK_INLINE Vec<Acc<R>> load_elements(const R* p) {
+  return load_ordered(p);
+}
+
+template <class Byte>
+MK_INLINE VecI32 load_bytes(const void* p) {
+  typedef Byte Bytes __attribute__((vector_size(kVectorBytes / 4)));
+  Bytes bytes;
+  memcpy(&bytes, p, sizeof(bytes));
+  return __builtin_convertvector(bytes, VecI32);
+}
+
+MK_INLINE Vec<float> load_elements(const int8_t* p) {
+  return __builtin_convertvector(load_bytes<int8_t>(p), Vec<float>);
+}
+
+MK_INLINE Vec<float> load_elements(const e4m3* p) {
+  const VecI32 bits = load_bytes<uint8_t>(p), magnitude = bits & 0x7f;
+  // The exponent's bias goes from 7 to 127. Subnormals are got by a difference, since tiny floats
+  // may be flushed to zero.
+  const Vec<float> x = bit_cast<Vec<float>>((magnitude << 20) + (120 << 23));
+  const VecI32 size = bit_cast<VecI32>(magnitude < 8 ? x + x - 0x1p-6f : x);
+  const VecI32 value = magnitude == 0x7f ? VecI32{} + 0x7fc00000 : size;
+  return bit_cast<Vec<float>>(value | (bits & 0x80) << 24);
+}
+
+// The first `left` elements of a row that ends there, at most a vector; the rest read as zero.
+template <class R>
+MK_INLINE Vec<Acc<R>> load_some(const R* p, int64_t left) {
+  constexpr int W = kLanes<Acc<R>>;
+  if (left >= W) return load_elements(p);
+  R padded[W] = {};
+  for (int64_t i = 0; i < left; ++i) padded[i] = p[i];
+  return load_elements(padded);
+}
+
+template <class R>
+MK_INLINE void store_some(R* p, int64_t left, Vec<Acc<R>> v) {
+  constexpr int W = kLanes<Acc<R>>;
+  if (left >= W) {
+    store_ordered(p, v);
+  } else {
+    R padded[W];
+    store_ordered(padded, v);
+    for (int64_t i = 0; i < left; ++i) p[i] = padded[i];
+  }
+}
+
+// Columns [column, column + columns) of a table's rows.
+template <class R>
+struct Table {
+  const R* data;
+  int64_t stride;
+  int64_t columns;
+
+  Table(const TensorView& t, int64_t column, int64_t columns)
+      : data(static_cast<const R*>(t.data) + column), stride(t.stride[0]), columns(columns) {}
+
+  const R* row(int64_t i) const { return data + i * stride; }
+  // Rows ahead of the one that is computed with.
+  int64_t ahead() const {
+    return kGroup + kAheadBytes / (columns * static_cast<int64_t>(sizeof(R)) + kLine);
+  }
+};
+
+template <class R>
+MK_INLINE void prefetch_row(const R* row, int64_t columns) {
+  for (int64_t c = 0; c < columns; c += kLine / static_cast<int64_t>(sizeof(R))) {
+    __builtin_prefetch(row + c);
+  }
+}
+
+// sums[0, columns) += factors[g] * rows[g][0, columns) for one g after the other. What is asked
+// for lies as many columns into `next`.
+template <int G, class R, class A = Acc<R>>
+MK_INLINE void add_rows(const R* const* rows, const R* const* next, const A* factors,
+                        int64_t columns, A* sums) {
+  constexpr int W = kLanes<A>;
+  constexpr int kStep = kLine / static_cast<int>(sizeof(R));
+  int64_t c = 0;
+  for (; c + kStep <= columns; c += kStep) {
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) __builtin_prefetch(next[g] + c);
+#pragma GCC unroll 8
+    for (int v = 0; v < kStep; v += W) {
+      Vec<A> sum = load(sums + c + v);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) sum += splat(factors[g]) * load_elements(rows[g] + c + v);
+      store(sums + c + v, sum);
+    }
+  }
+  for (; c < columns; c += W) {
+    Vec<A> sum = load(sums + c);
+    for (int g = 0; g < G; ++g) sum += splat(factors[g]) * load_some(rows[g] + c, columns - c);
+    store(sums + c, sum);
+  }
+}
+
+// products[g] = x . rows[g]; x is padded with zeros to whole vectors.
+template <int G, class R, class A = Acc<R>>
+MK_INLINE void multiply_rows(const R* const* rows, const R* const* next, const A* x,
+                             int64_t columns, A* products) {
+  constexpr int W = kLanes<A>;
+  constexpr int kStep = kLine / static_cast<int>(sizeof(R));
+  Vec<A> sums[G] = {};
+  int64_t c = 0;
+  for (; c + kStep <= columns; c += kStep) {
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) __builtin_prefetch(next[g] + c);
+#pragma GCC unroll 8
+    for (int v = 0; v < kStep; v += W) {
+      const Vec<A> y = load(x + c + v);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) sums[g] += y * load_elements(rows[g] + c + v);
+    }
+  }
+  for (; c < columns; c += W) {
+    for (int g = 0; g < G; ++g) sums[g] += load(x + c) * load_some(rows[g] + c, columns - c);
+  }
+  for (int g = 0; g < G; ++g) products[g] = sum<A>(sums[g]);
+}
+
+// Calls body(group size, places, rows, next) for the entries of a list that are not -1, in order.
+template <class R, class Body>
+MK_INLINE void for_groups(const Lists& lists, int64_t list, const Table<R>& table,
+                          const Body& body) {
+  const int64_t end = lists.starts[list + 1], entries = lists.starts[lists.count];
+  const int64_t ahead = table.ahead();
+  int64_t places[kGroup];
+  const R *rows[kGroup], *next[kGroup];
+  int found = 0;
+  for (int64_t i = lists.starts[list]; i < end; ++i) {
+    if (lists.rows[i] < 0) continue;
+    places[found] = i;
+    rows[found] = table.row(lists.rows[i]);
+    const int64_t later = i + ahead < entries ? lists.rows[i + ahead] : -1;
+    next[found] = later < 0 ? rows[found] : table.row(later);
+    if (++found < kGroup) continue;
+    body(Int<kGroup>{}, places, rows, next);
+    found = 0;
+  }
+  for (int g = 0; g < found; ++g) {
+    body(Int<1>{}, places + g, rows + g, next + g);
+  }
+}
+
+// sums = sum of factor(place) * row over a list, in vectors: padded.
+template <class R, class Factor, class A = Acc<R>>
+MK_INLINE void sum_list(const Lists& lists, int64_t list, const Table<R>& table,
+                        const Factor& factor, A* sums) {
+  for (int64_t c = 0; c < table.columns; c += kLanes<A>) store(sums + c, Vec<A>{});
+  for_groups(lists, list, table,
+             [&](auto group, auto* places, auto* rows, auto* next) __attribute__((always_inline)) {
+               constexpr int G = decltype(group)::value;
+               A factors[G];
+               for (int g = 0; g < G; ++g) factors[g] = factor(places[g]);
+               add_rows<G>(rows, next, factors, table.columns, sums);
+             });
+}
+
+// out[place] = x . row over a list, 0 for -1; x is padded with zeros to whole vectors.
+template <class R, class A = Acc<R>>
+MK_INLINE void multiply_list(const Lists& lists, int64_t list, const Table<R>& table, const A* x,
+                             A* out) {
+  for (int64_t i = lists.starts[list]; i < lists.starts[list + 1]; ++i) out[i] = 0;
+  for_groups(lists, list, table,
+             [&](auto group, auto* places, auto* rows, auto* next) __attribute__((always_inline)) {
+               constexpr int G = decltype(group)::value;
+               A products[G];
+               multiply_rows<G>(rows, next, x, table.columns, products);
+               for (int g = 0; g < G; ++g) out[places[g]] = products[g];
+             });
+}
+
+template <class A>
+MK_INLINE A factor_of(const Lists& lists, int64_t place) {
+  return lists.factors == nullptr ? A(1) : static_cast<const A*>(lists.factors)[place];
+}
+
+// A row of a tensor in accumulators, padded with zeros to whole vectors; and back.
+template <class R, class A = Acc<R>>
+MK_INLINE void read_row(const TensorView& t, int64_t row, A* out) {
+  const R* from = static_cast<const R*>(t.data) + row * t.stride[0];
+  const int64_t columns = t.shape[1];
+  for (int64_t c = 0; c < columns; c += kLanes<A>) store(out + c, load_some(from + c, columns - c));
+}
+
+template <class T, class A = Acc<T>>
+MK_INLINE void write_row(const A* in, int64_t columns, T* out) {
+  for (int64_t c = 0; c < columns; c += kLanes<A>) store_some(out + c, columns - c, load(in + c));
+}
+
+}  // namespace
+}  // namespace memkernels::lookup
