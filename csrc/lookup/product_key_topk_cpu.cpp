@@ -24,10 +24,11 @@ using selection::kth_largest;
 using selection::value_of;
 
 constexpr int64_t kMost = 128;  // k
-// Scores of a half that may pass a bound before the worst of them are dropped.
-constexpr int64_t kRoom = 3 * kMost;
-// Pairs of ranks r1 r2 <= kMost: 632, and all of them may be equal.
-constexpr int64_t kPairs = 640;
+// Pairs of ranks r1 r2 <= kMost are 632, and all may be equal. Of more scores of a half that pass a
+// bound the worst are dropped.
+constexpr int64_t kRoom = 640;
+// Scores that are compared before any of them is picked out.
+constexpr int64_t kWord = 64;
 
 // What no score is found below: all but NaN and -inf reach it.
 template <class A>
@@ -40,13 +41,13 @@ MK_INLINE Lane<A> lane_numbers() {
   return lanes;
 }
 
-// Numbers that may be among the k best, in the order in which they were found.
-template <class A, class Index, int64_t room>
+// Scores that may be among the k best, in the order in which they were found.
+template <class A>
 struct Candidates {
   static constexpr int W = kLanes<A>;
 
-  A values[room + W];
-  Index indices[room + W];
+  A values[kRoom + W];
+  int32_t indices[kRoom + W];
   int64_t found;
   A least;  // what another one must reach
 
@@ -55,18 +56,25 @@ struct Candidates {
     least = bound > kLowest<A> ? bound : kLowest<A>;
   }
 
-  template <class IndexOf>
-  MK_INLINE void add(Vec<A> x, int64_t k, const IndexOf& index_of) {
-    for (uint32_t bits = lane_bits<A>(x >= least); bits != 0; bits &= bits - 1) {
-      const int lane = __builtin_ctz(bits);
-      values[found] = x[lane];
-      indices[found++] = index_of(lane);
-      if (found == room) keep_best(k);
+  // `count` scores with indices from `first` on, padded with -inf to whole words.
+  void add(const A* scores, int64_t count, int64_t first, int64_t k) {
+    for (int64_t word = 0; word < count; word += kWord) {
+      uint64_t bits = 0;
+#pragma GCC unroll 16
+      for (int i = 0; i < kWord; i += W) {
+        bits |= static_cast<uint64_t>(lane_bits<A>(load(scores + word + i) >= least)) << i;
+      }
+      for (; bits != 0; bits &= bits - 1) {
+        const int64_t i = word + __builtin_ctzll(bits);
+        values[found] = scores[i];
+        indices[found++] = static_cast<int32_t>(first + i);
+        if (found == kRoom) keep_best(k);
+      }
     }
   }
 
   __attribute__((noinline)) void keep_best(int64_t k) {
-    Key<A> keys[room + W];
+    Key<A> keys[kRoom + W];
     for (int64_t i = 0; i < found; ++i) keys[i] = key_of<A>(values[i]);
     const Key<A> cut = kth_largest<A>(keys, found, k);
     int64_t equal = k, kept = 0;
@@ -81,7 +89,7 @@ struct Candidates {
   }
 
   // The first `count` of them, larger ones first and of equal ones those found first.
-  MK_INLINE void sort(int64_t count, A* best, Index* best_indices) {
+  void sort(int64_t count, A* best, int32_t* best_indices) {
     for (int64_t i = found; i < round_up(found, W); ++i) values[i] = -kInfinity<A>;
     const Lane<A> lanes = lane_numbers<A>();
     for (int64_t i = 0; i < found; i += W) {
@@ -117,15 +125,15 @@ struct ProductKeys {
   };
 
   struct Scratch {
-    const T** rows;                       // of queries or keys
-    Unit* q;                              // [kProductKeyTokens] of units of Dk
-    A* scores;                            // [kProductKeyTokens][kHalfBlock]
-    A* few;                               // [kFewTokens][kBlockKeys]
-    Candidates<A, int32_t, kRoom>* half;  // [kProductKeyTokens]
-    Best* best;                           // [kProductKeyTokens][2]
-    Candidates<A, int64_t, kPairs>* pairs;
-    A* sums;           // [kPairs]: pairs in order
-    int64_t* indices;  // [kPairs]
+    const T** rows;       // of queries or keys
+    Unit* q;              // [kProductKeyTokens] of units of Dk
+    A* scores;            // [kProductKeyTokens][kHalfBlock]
+    A* few;               // [kFewTokens][kBlockKeys]
+    Candidates<A>* half;  // [kProductKeyTokens]
+    Best* best;           // [kProductKeyTokens][2]
+    Candidates<A>* pairs;
+    A* sums;         // [kRoom]
+    int32_t* ranks;  // [kRoom]: of a pair, as two bytes
     size_t bytes;
     Scratch(const ProductKeyArgs& args, void* base) {
       const int64_t dim = round_up(args.query.shape[3], kPair<T>);
@@ -134,11 +142,11 @@ struct ProductKeys {
       q = arena.take<Unit>(kProductKeyTokens * dim);
       scores = arena.take<A>(kProductKeyTokens * kHalfBlock);
       few = arena.take<A>(kFewTokens * kBlockKeys);
-      half = arena.take<Candidates<A, int32_t, kRoom>>(kProductKeyTokens);
+      half = arena.take<Candidates<A>>(kProductKeyTokens);
       best = arena.take<Best>(kProductKeyTokens * 2);
-      pairs = arena.take<Candidates<A, int64_t, kPairs>>(1);
-      sums = arena.take<A>(kPairs);
-      indices = arena.take<int64_t>(kPairs);
+      pairs = arena.take<Candidates<A>>(1);
+      sums = arena.take<A>(kRoom + kWord);
+      ranks = arena.take<int32_t>(kRoom + kWord);
       bytes = arena.used;
     }
   };
@@ -190,6 +198,12 @@ struct ProductKeys {
                                           : static_cast<const char*>(packed) +
                                                 half * round_up(packed_bytes(args), 64));
     }
+    int64_t pairs = 0;
+    for (int64_t i = 0; i < self.k; ++i) {
+      for (int64_t j = 0; j < self.k / (i + 1); ++j) {
+        self.s.ranks[pairs++] = static_cast<int32_t>(i << 8 | j);
+      }
+    }
     for (int64_t t = 0; t < num_tokens; ++t) self.merge(t);
   }
 
@@ -215,13 +229,9 @@ struct ProductKeys {
       }
       for (int64_t t = 0; t < num_tokens; ++t) {
         A* scores = s.scores + t * kHalfBlock;
-        for (int64_t i = count; i < round_up(count, W); ++i) scores[i] = -kInfinity<A>;
-        auto& found = s.half[t];
-        if (begin == 0) found.start(bound(scores, count));
-        for (int64_t i = 0; i < count; i += W) {
-          found.add(load(scores + i), k,
-                    [&](int lane) { return static_cast<int32_t>(begin + i + lane); });
-        }
+        for (int64_t i = count; i < round_up(count, kWord); ++i) scores[i] = -kInfinity<A>;
+        if (begin == 0) s.half[t].start(bound(scores, count));
+        s.half[t].add(scores, count, begin, k);
       }
     }
     for (int64_t t = 0; t < num_tokens; ++t) {
@@ -275,34 +285,38 @@ struct ProductKeys {
       const A last = first.values[i] + second.values[(k + i) / (i + 1) - 1];
       if (last > bound) bound = last;
     }
-    auto& pairs = *s.pairs;
-    pairs.start(bound);
-    const Lane<A> lanes = lane_numbers<A>();
-    for (int64_t i = 0; i < k && first.values[i] > -kInfinity<A>; ++i) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < k; ++i) {
       const int64_t ranks = k / (i + 1);
       for (int64_t j = 0; j < ranks; j += W) {
-        const Vec<A> sums = first.values[i] + load(second.values + j);
-        const Key<A> left = static_cast<Key<A>>(ranks - j);
-        pairs.add(lanes < left ? sums : splat(-kInfinity<A>), k, [&](int lane) {
-          return int64_t{first.indices[i]} * size + second.indices[j + lane];
-        });
+        store(s.sums + count + j, first.values[i] + load(second.values + j));
       }
+      count += ranks;
     }
-    pairs.sort(pairs.found, s.sums, s.indices);
-    for (int64_t i = 1; i < pairs.found; ++i) {  // equal ones by index
-      const int64_t index = s.indices[i];
-      int64_t at = i;
-      for (; at > 0 && s.sums[at - 1] == s.sums[i] && s.indices[at - 1] > index; --at) {
-        s.indices[at] = s.indices[at - 1];
+    for (int64_t i = count; i < round_up(count, kWord); ++i) s.sums[i] = -kInfinity<A>;
+    auto& pairs = *s.pairs;
+    pairs.start(bound);
+    pairs.add(s.sums, count, 0, k);
+    int32_t places[kRoom];
+    pairs.sort(pairs.found, s.sums, places);
+
+    int64_t sorted[kRoom];
+    for (int64_t i = 0; i < pairs.found; ++i) {
+      const int32_t ranks = s.ranks[places[i]];
+      const int64_t index =
+          int64_t{first.indices[ranks >> 8]} * size + second.indices[ranks & 0xff];
+      int64_t at = i;  // among equal ones by index
+      for (; at > 0 && s.sums[at - 1] == s.sums[i] && sorted[at - 1] > index; --at) {
+        sorted[at] = sorted[at - 1];
       }
-      s.indices[at] = index;
+      sorted[at] = index;
     }
     const int64_t out = ((first_token + t) * args.query.shape[1] + head) * k;
     A* scores = static_cast<A*>(args.scores.data) + out;
     int64_t* indices = static_cast<int64_t*>(args.indices.data) + out;
     for (int64_t i = 0; i < k; ++i) {
       scores[i] = i < pairs.found ? s.sums[i] : -kInfinity<A>;
-      indices[i] = i < pairs.found ? s.indices[i] : -1;
+      indices[i] = i < pairs.found ? sorted[i] : -1;
     }
   }
 };
