@@ -66,6 +66,12 @@ def selection_ops(request):
     return backend(request.param)
 
 
+@pytest.fixture(scope="session", params=["native", "fallback"])
+def lookup_ops(request):
+    """The backends of the lookup family, which has no CUDA kernels yet."""
+    return backend(request.param)
+
+
 @pytest.fixture
 def num_threads():
     """Sets torch's threads, for one test."""

@@ -79,6 +79,17 @@ inline uint32_t emulated_movepi32_mask(__m512i x) {
   return bits;
 }
 
+template <class Byte>
+inline __m512i emulated_widen(__m128i bytes) {
+  Byte in[16];
+  int32_t out[16];
+  memcpy(in, &bytes, sizeof(in));
+  for (int i = 0; i < 16; ++i) out[i] = in[i];
+  __m512i x;
+  memcpy(&x, out, sizeof(x));
+  return x;
+}
+
 }  // namespace
 
 #define MK_KEEP(v) (void)(v)
@@ -88,3 +99,5 @@ inline uint32_t emulated_movepi32_mask(__m512i x) {
 #define _mm512_cvtph_ps emulated_cvtph
 #define _mm512_cvtps_ph emulated_cvtps
 #define _mm512_movepi32_mask emulated_movepi32_mask
+#define _mm512_cvtepi8_epi32 emulated_widen<int8_t>
+#define _mm512_cvtepu8_epi32 emulated_widen<uint8_t>

@@ -8,21 +8,11 @@ from hypothesis import strategies as st
 
 import memkernels
 from cases import arrays, attention_case, colstats_case
+from checks import at_random, check, check_error, check_refused, opcheck, outcome, put
 from memkernels import fallback, reference
 from test_attention import DTYPES, RAGGED, apart
 from test_attention import ERRORS as ATTENTION_ERRORS
-from test_selection import (
-    QUERY_ERRORS,
-    TABLE_ERRORS,
-    at_random,
-    attention_sizes,
-    check,
-    check_error,
-    check_refused,
-    opcheck,
-    outcome,
-    put,
-)
+from test_selection import QUERY_ERRORS, TABLE_ERRORS, attention_sizes
 from tolerance import assert_accurate, assert_same_bits, unchanged
 
 KINDS = ["paged", "contiguous"]

@@ -10,21 +10,21 @@ from hypothesis import strategies as st
 
 import memkernels
 from cases import arrays, indexer_case, knn_case, of_sequence
-from memkernels import fallback, reference
-from test_attention import DTYPES, RAGGED, apart
-from test_selection import (
-    ALONE,
-    QUERY_ERRORS,
-    TABLE_ERRORS,
+from checks import (
     at_random,
-    attention_sizes,
     check,
     check_error,
+    check_gradients,
     check_refused,
+    gradients,
     opcheck,
     outcome,
     put,
+    upstream,
 )
+from memkernels import fallback, reference
+from test_attention import DTYPES, RAGGED, apart
+from test_selection import ALONE, QUERY_ERRORS, TABLE_ERRORS, attention_sizes
 from tolerance import assert_accurate, assert_same_bits
 
 METRICS = ["dot", "cosine", "l2"]
@@ -478,34 +478,6 @@ def test_indexer_errors_of_contiguous_keys(selection_ops):
 NAMES = ["q", "w", "k"]
 
 
-def upstream(scores):
-    """Random gradients; hidden scores have them too, and must ignore them."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(scores.shape, generator=generator).to(scores.dtype)
-
-
-def gradients(indexer_scores, arguments, names=NAMES):
-    leaves = {name: arguments[name].detach().requires_grad_() for name in names}
-    scores = indexer_scores(**arguments | leaves)
-    grads = torch.autograd.grad(scores, leaves.values(), upstream(scores))
-    return dict(zip(names, grads, strict=True))
-
-
-def in_float64(arguments):
-    return arguments | {name: arguments[name].double() for name in NAMES}
-
-
-def check_gradients(indexer_scores, arguments, slack=4):
-    actual = gradients(indexer_scores, arguments)
-    exact = gradients(fallback.indexer_scores, in_float64(arguments))
-    baseline = gradients(fallback.indexer_scores, arguments)
-    for name, grad in actual.items():
-        assert grad.dtype == arguments[name].dtype
-        accuracy = {"dtype": grad.dtype, "name": f"gradient of {name}", "slack": slack}
-        assert_accurate(grad, exact[name], baseline[name], **accuracy)
-    return actual
-
-
 VARIANTS = {
     "plain": {},
     "decode": {"lengths": [40, 1, 0, 9], "queries": [1, 1, 1, 1]},
@@ -528,14 +500,14 @@ def test_gradients_against_autograd_through_the_fallback(kind, variant, dtype):
     options = VARIANTS[variant]
     if variant == "wide_weights" and dtype == torch.float64:
         options = {}
-    check_gradients(memkernels.indexer_scores, sized_case(kind, **sizes | options))
+    check_gradients(memkernels, "indexer_scores", sized_case(kind, **sizes | options))
 
 
 @pytest.mark.full
 @at_random(arguments=indexer_cases())
 def test_gradients_at_random(arguments):
     assume(arguments["seq_lens"] is None or len(arguments["seq_lens"]))  # else there is no graph
-    check_gradients(memkernels.indexer_scores, arguments, slack=ALONE)
+    check_gradients(memkernels, "indexer_scores", arguments, slack=ALONE)
 
 
 TINY = {"heads": 2, "head_dim": 3, "page_size": 3, "dtype": torch.float64}

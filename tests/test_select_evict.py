@@ -12,9 +12,10 @@ from torch import Tensor
 
 import memkernels
 from cases import attention_case, colstats_case, evict_case
+from checks import at_random, check, check_error, outcome
 from memkernels.nn import PagedKVCache
 from test_attention import DTYPES, apart
-from test_selection import INDEX_DTYPES, at_random, check, check_error, outcome
+from test_selection import INDEX_DTYPES
 from tolerance import assert_same_bits, unchanged
 
 # ---- select_topk ---------------------------------------------------------------------------------

@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -25,11 +23,12 @@ from cases import (
     share_pages,
     used_pages,
 )
+from checks import at_random, check, check_error, opcheck, outcome, put, tensors
 from memkernels import _C, fallback, reference
 from memkernels.nn import PagedKVCache
 from test_attention import DTYPES, RAGGED, apart, run_python
 from test_attention import ERRORS as ATTENTION_ERRORS
-from tolerance import assert_accurate, assert_same_bits, unchanged
+from tolerance import assert_same_bits, unchanged
 
 INDEX_DTYPES = [torch.int32, torch.int64]
 KINDS = ["minmax", "mean"]
@@ -40,12 +39,6 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 # ---- what the tests of this family share ---------------------------------------------------------
-
-
-def at_random(**strategies):
-    """`hypothesis.given`, with half the examples: there are eight ops, on two backends."""
-    half = settings(max_examples=settings.default.max_examples // 2)
-    return lambda test: half(given(**strategies)(test))
 
 
 @st.composite
@@ -66,69 +59,6 @@ def attention_sizes(draw):
         "index_dtype": draw(st.sampled_from(INDEX_DTYPES)),
         "seed": draw(st.integers(0, 2**16)),
     }
-
-
-def tensors(arguments):
-    return {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-
-
-def outcome(ops, op, arguments):
-    """What an op returns; of one that writes instead, what it has written."""
-    written = "summary" if op == "update_summaries" else None
-    if written:
-        arguments = arguments | {written: arguments[written].clone()}
-    with unchanged(*(value for name, value in arguments.items() if name != written)):
-        result = getattr(ops, op)(**arguments)
-    return arguments[written] if written else result
-
-
-def check(ops, op, arguments, slack=1):
-    """Against the reference: indices exactly, numbers as accurately as sums in float32 are."""
-    actual = outcome(ops, op, arguments)
-    exact = getattr(reference, op)(**arrays(arguments))
-    baseline = outcome(fallback, op, arguments)
-    if isinstance(actual, Tensor):
-        check_result(actual, exact, baseline, slack)
-    else:
-        for each in zip(actual, exact, baseline, strict=True):
-            check_result(*each, slack)
-    return actual
-
-
-def check_result(actual, exact, baseline, slack):
-    if actual.is_floating_point():
-        assert_accurate(actual, exact, baseline, dtype=actual.dtype, slack=slack)
-    else:
-        np.testing.assert_array_equal(actual.numpy(), exact)
-
-
-def check_refused(ops, op, arguments, names):
-    """By a message that names the op and one of the arguments, with nothing changed."""
-    message = rf"{op}: .*\b({names})\b"
-    with unchanged(*arguments.values()), pytest.raises(RuntimeError, match=message):
-        getattr(ops, op)(**arguments)
-
-
-def check_error(ops, op, arguments, error):
-    """error: (names, changes) of an ERRORS, changes a dict or what makes one of the arguments."""
-    names, changes = error
-    if callable(changes):
-        changes = changes(SimpleNamespace(**arguments))
-    check_refused(ops, op, arguments | changes, names)
-
-
-def opcheck(op, arguments):
-    op = getattr(torch.ops.memkernels, op).default
-    schema = op._schema.arguments
-    positional = [arguments.get(a.name) for a in schema if not a.kwarg_only]
-    options = [a.name for a in schema if a.kwarg_only and a.name in arguments]
-    torch.library.opcheck(op, positional, {name: arguments[name] for name in options})
-
-
-def put(tensor, place, value):
-    tensor = tensor.clone()
-    tensor[place] = value
-    return tensor
 
 
 TABLE_ERRORS = {

@@ -189,7 +189,7 @@ Readers invert(const Lists& lists, int64_t num_rows, Dtype accumulator) {
 
 std::vector<Cut> cut_lists(const Lists& lists, int64_t dim, int workers, bool whole_rows) {
   constexpr int64_t kLeastColumns = 64;
-  const int64_t entries = lists.starts[lists.count];
+  const int64_t entries = lists.starts[lists.count] - lists.starts[0];
   const int64_t size = workers > 1 ? std::max<int64_t>(1, entries / (8 * workers)) : entries + 1;
   std::vector<Cut> cuts;
   for (int64_t begin = 0, end; begin < lists.count; begin = end) {

@@ -6,6 +6,7 @@
 #include "core/check.h"
 #include "core/memory.h"
 #include "lookup/bags.h"
+#include "lookup/page_in.h"
 
 namespace memkernels::lookup {
 
@@ -73,7 +74,25 @@ void embedding_bag(const EmbeddingBagArgs& a, const Context& ctx) {
   check_bags(op, "input", "per_sample_weights", a.bags, a.weight.device, a.out.dtype);
   const OwnedLists lists =
       make_lists(op, "input", a.bags, a.weight.shape[0], accumulator(a.out.dtype));
-  sum({lists, a.weight, a.scales, a.out, nullptr, false}, ctx);
+  if (!missing_pages(a.weight, lists)) {
+    sum({lists, a.weight, a.scales, a.out, nullptr, false}, ctx);
+    return;
+  }
+  // So many bags at a time that what they read stays in memory until it has been read.
+  constexpr int64_t kBytesAtOnce = int64_t{64} << 20, kPage = 4096;
+  const int64_t row_bytes = a.weight.shape[1] * item_size(a.weight.dtype);
+  const int64_t entries = std::max<int64_t>(1, kBytesAtOnce / (row_bytes + kPage));
+  for (int64_t begin = 0, end; begin < lists.count; begin = end) {
+    for (end = begin + 1; end < lists.count; ++end) {
+      if (lists.starts[end + 1] - lists.starts[begin] > entries) break;
+    }
+    const Lists some{end - begin, lists.starts + begin, lists.rows, lists.factors};
+    page_in(a.weight, some);
+    TensorView out = a.out;
+    out.data = static_cast<char*>(out.data) + begin * out.stride[0] * item_size(out.dtype);
+    out.shape[0] = end - begin;
+    sum({some, a.weight, a.scales, out, nullptr, false}, ctx);
+  }
 }
 
 void embedding_bag_backward(const char* op, const EmbeddingBagGrads& a, int64_t num_embeddings,

@@ -47,11 +47,16 @@ MK_INLINE void add_quantised(const R* row, int64_t columns, const TensorView& sc
 template <class R>
 void sum_quantised(const SumArgs& args, int64_t list, const Table<R>& table, float* sums) {
   for (int64_t c = 0; c < table.columns; c += kLanes<float>) store(sums + c, Vec<float>{});
-  for_groups(args.lists, list, table,
+  const char* const scales = static_cast<const char*>(args.scales.data);
+  const int64_t scale_stride =
+      args.scales.stride[0] * (args.scales.dtype == Dtype::f32 ? sizeof(float) : 1);
+  for_groups(args.lists, list, table.ahead(),
              [&](auto group, auto* places, auto* rows, auto* next) __attribute__((always_inline)) {
                for (int g = 0; g < decltype(group)::value; ++g) {
-                 prefetch_row(next[g], table.columns);
-                 add_quantised(rows[g], table.columns, args.scales, args.lists.rows[places[g]],
+                 const R* later = table.row(next[g]);
+                 for (int64_t c = 0; c < table.columns; c += kLine) __builtin_prefetch(later + c);
+                 __builtin_prefetch(scales + next[g] * scale_stride);
+                 add_quantised(table.row(rows[g]), table.columns, args.scales, rows[g],
                                factor_of<float>(args.lists, places[g]), sums);
                }
              });

@@ -30,12 +30,21 @@ MK_INLINE Vec<Acc<R>> load_elements(const R* p) {
   return load_ordered(p);
 }
 
+// GCC converts vectors of bytes one by one.
 template <class Byte>
 MK_INLINE VecI32 load_bytes(const void* p) {
-  typedef Byte Bytes __attribute__((vector_size(kVectorBytes / 4)));
-  Bytes bytes;
-  memcpy(&bytes, p, sizeof(bytes));
-  return __builtin_convertvector(bytes, VecI32);
+  [[maybe_unused]] constexpr bool kSigned = Byte(-1) < 0;
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(p));
+  return bit_cast<VecI32>(kSigned ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+#elif defined(__AVX2__)
+  const __m128i bytes = _mm_loadl_epi64(static_cast<const __m128i*>(p));
+  return bit_cast<VecI32>(kSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+#else
+  VecI32 out;
+  for (int i = 0; i < kLanes<float>; ++i) out[i] = static_cast<const Byte*>(p)[i];
+  return out;
+#endif
 }
 
 MK_INLINE Vec<float> load_elements(const int8_t* p) {
@@ -91,85 +100,92 @@ struct Table {
   }
 };
 
-template <class R>
-MK_INLINE void prefetch_row(const R* row, int64_t columns) {
-  for (int64_t c = 0; c < columns; c += kLine / static_cast<int64_t>(sizeof(R))) {
-    __builtin_prefetch(row + c);
+template <int G, class R>
+struct Group {
+  const R *rows[G], *next[G];
+  MK_INLINE Group(const Table<R>& table, const int64_t* these, const int64_t* later) {
+    for (int g = 0; g < G; ++g) {
+      rows[g] = table.row(these[g]);
+      next[g] = table.row(later[g]);
+    }
   }
-}
+  MK_INLINE void prefetch(int64_t column) const {
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) __builtin_prefetch(next[g] + column);
+  }
+};
 
-// sums[0, columns) += factors[g] * rows[g][0, columns) for one g after the other. What is asked
-// for lies as many columns into `next`.
+// sums += factors[g] * rows[g] for one g after the other.
 template <int G, class R, class A = Acc<R>>
-MK_INLINE void add_rows(const R* const* rows, const R* const* next, const A* factors,
-                        int64_t columns, A* sums) {
+MK_INLINE void add_rows(const Table<R>& table, const int64_t* rows, const int64_t* next,
+                        const A* factors, A* sums) {
   constexpr int W = kLanes<A>;
   constexpr int kStep = kLine / static_cast<int>(sizeof(R));
+  const Group<G, R> group(table, rows, next);
   int64_t c = 0;
-  for (; c + kStep <= columns; c += kStep) {
-#pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) __builtin_prefetch(next[g] + c);
+  for (; c + kStep <= table.columns; c += kStep) {
+    group.prefetch(c);
 #pragma GCC unroll 8
     for (int v = 0; v < kStep; v += W) {
       Vec<A> sum = load(sums + c + v);
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sum += splat(factors[g]) * load_elements(rows[g] + c + v);
+      for (int g = 0; g < G; ++g) sum += splat(factors[g]) * load_elements(group.rows[g] + c + v);
       store(sums + c + v, sum);
     }
   }
-  for (; c < columns; c += W) {
+  for (; c < table.columns; c += W) {
     Vec<A> sum = load(sums + c);
-    for (int g = 0; g < G; ++g) sum += splat(factors[g]) * load_some(rows[g] + c, columns - c);
+    for (int g = 0; g < G; ++g) {
+      sum += splat(factors[g]) * load_some(group.rows[g] + c, table.columns - c);
+    }
     store(sums + c, sum);
   }
 }
 
 // products[g] = x . rows[g]; x is padded with zeros to whole vectors.
 template <int G, class R, class A = Acc<R>>
-MK_INLINE void multiply_rows(const R* const* rows, const R* const* next, const A* x,
-                             int64_t columns, A* products) {
+MK_INLINE void multiply_rows(const Table<R>& table, const int64_t* rows, const int64_t* next,
+                             const A* x, A* products) {
   constexpr int W = kLanes<A>;
   constexpr int kStep = kLine / static_cast<int>(sizeof(R));
+  const Group<G, R> group(table, rows, next);
   Vec<A> sums[G] = {};
   int64_t c = 0;
-  for (; c + kStep <= columns; c += kStep) {
-#pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) __builtin_prefetch(next[g] + c);
+  for (; c + kStep <= table.columns; c += kStep) {
+    group.prefetch(c);
 #pragma GCC unroll 8
     for (int v = 0; v < kStep; v += W) {
       const Vec<A> y = load(x + c + v);
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sums[g] += y * load_elements(rows[g] + c + v);
+      for (int g = 0; g < G; ++g) sums[g] += y * load_elements(group.rows[g] + c + v);
     }
   }
-  for (; c < columns; c += W) {
-    for (int g = 0; g < G; ++g) sums[g] += load(x + c) * load_some(rows[g] + c, columns - c);
+  for (; c < table.columns; c += W) {
+    for (int g = 0; g < G; ++g) {
+      sums[g] += load(x + c) * load_some(group.rows[g] + c, table.columns - c);
+    }
   }
   for (int g = 0; g < G; ++g) products[g] = sum<A>(sums[g]);
 }
 
-// Calls body(group size, places, rows, next) for the entries of a list that are not -1, in order.
-template <class R, class Body>
-MK_INLINE void for_groups(const Lists& lists, int64_t list, const Table<R>& table,
-                          const Body& body) {
+// Calls body(group size, places, rows, next) for the entries of a list that are not -1, in order:
+// their places in the lists, their rows, and rows that will be needed later.
+template <class Body>
+MK_INLINE void for_groups(const Lists& lists, int64_t list, int64_t ahead, const Body& body) {
   const int64_t end = lists.starts[list + 1], entries = lists.starts[lists.count];
-  const int64_t ahead = table.ahead();
-  int64_t places[kGroup];
-  const R *rows[kGroup], *next[kGroup];
+  int64_t places[kGroup], rows[kGroup], next[kGroup];
   int found = 0;
   for (int64_t i = lists.starts[list]; i < end; ++i) {
     if (lists.rows[i] < 0) continue;
-    places[found] = i;
-    rows[found] = table.row(lists.rows[i]);
     const int64_t later = i + ahead < entries ? lists.rows[i + ahead] : -1;
-    next[found] = later < 0 ? rows[found] : table.row(later);
+    places[found] = i;
+    rows[found] = lists.rows[i];
+    next[found] = later < 0 ? rows[found] : later;
     if (++found < kGroup) continue;
     body(Int<kGroup>{}, places, rows, next);
     found = 0;
   }
-  for (int g = 0; g < found; ++g) {
-    body(Int<1>{}, places + g, rows + g, next + g);
-  }
+  for (int g = 0; g < found; ++g) body(Int<1>{}, places + g, rows + g, next + g);
 }
 
 // sums = sum of factor(place) * row over a list, in vectors: padded.
@@ -177,12 +193,12 @@ template <class R, class Factor, class A = Acc<R>>
 MK_INLINE void sum_list(const Lists& lists, int64_t list, const Table<R>& table,
                         const Factor& factor, A* sums) {
   for (int64_t c = 0; c < table.columns; c += kLanes<A>) store(sums + c, Vec<A>{});
-  for_groups(lists, list, table,
+  for_groups(lists, list, table.ahead(),
              [&](auto group, auto* places, auto* rows, auto* next) __attribute__((always_inline)) {
                constexpr int G = decltype(group)::value;
                A factors[G];
                for (int g = 0; g < G; ++g) factors[g] = factor(places[g]);
-               add_rows<G>(rows, next, factors, table.columns, sums);
+               add_rows<G>(table, rows, next, factors, sums);
              });
 }
 
@@ -191,11 +207,11 @@ template <class R, class A = Acc<R>>
 MK_INLINE void multiply_list(const Lists& lists, int64_t list, const Table<R>& table, const A* x,
                              A* out) {
   for (int64_t i = lists.starts[list]; i < lists.starts[list + 1]; ++i) out[i] = 0;
-  for_groups(lists, list, table,
+  for_groups(lists, list, table.ahead(),
              [&](auto group, auto* places, auto* rows, auto* next) __attribute__((always_inline)) {
                constexpr int G = decltype(group)::value;
                A products[G];
-               multiply_rows<G>(rows, next, x, table.columns, products);
+               multiply_rows<G>(table, rows, next, x, products);
                for (int g = 0; g < G; ++g) out[places[g]] = products[g];
              });
 }

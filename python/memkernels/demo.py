@@ -2,8 +2,9 @@
 
 1. A table of the ops, against float64, against what this machine can do, and against torch.
 2. A byte-level transformer trained on Python's own documentation with `paged_attention` in forward
-   and backward, then served from a `PagedKVCache`, under policies that read or keep only some of
-   it, and timed beside the same model on torch.
+   and backward, with a memory of product keys in the place of an MLP and without, then served from
+   a `PagedKVCache`, under policies that read or keep only some of it, and timed beside the same
+   model on torch.
 
 `Transformer` and the three attention functions after it are the example to start from: one model
 trains on packed sequences, decodes from pages, or runs on torch, by the function it is given.
@@ -20,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import memkernels
-from memkernels import demo_ops, demo_policies
-from memkernels.nn import PagedKVCache, Step
+from memkernels import demo_lookup, demo_memory, demo_ops, demo_policies
+from memkernels.demo_memory import Training
+from memkernels.nn import PagedKVCache, ProductKeyMemory, Step
 
 try:
     from matplotlib.figure import Figure
@@ -37,6 +39,7 @@ NUM_KV_HEADS = 2
 HEAD_DIM = 32
 PAGE_SIZE = 16
 CONTEXT = 512  # of training
+MEMORY_LAYER = 2
 
 PROMPTS = (
     "The ",
@@ -51,41 +54,56 @@ PROMPTS = (
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-class Block(nn.Module):
-    """Attention with grouped query heads, then a SwiGLU MLP; both behind an RMSNorm."""
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, 2020)."""
 
     def __init__(self):
+        super().__init__()
+        self.gate_proj = nn.Linear(DIM, 2 * HIDDEN, bias=False)
+        self.value_proj = nn.Linear(HIDDEN, DIM, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x).chunk(2, dim=-1)
+        return self.value_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Attention with grouped query heads, then an MLP or a memory; both behind an RMSNorm."""
+
+    def __init__(self, mlp: nn.Module):
         super().__init__()
         self.attention_norm = nn.RMSNorm(DIM)
         self.qkv = nn.Linear(DIM, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM, bias=False)
         self.attention_out = nn.Linear(NUM_HEADS * HEAD_DIM, DIM, bias=False)
         self.mlp_norm = nn.RMSNorm(DIM)
-        self.mlp_in = nn.Linear(DIM, 2 * HIDDEN, bias=False)
-        self.mlp_out = nn.Linear(HIDDEN, DIM, bias=False)
+        self.mlp = mlp
 
     def forward(self, x: Tensor, layer: int, rotation: tuple[Tensor, Tensor], attend: Attention):
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, HEAD_DIM))
         q, k, v = qkv.split((NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS), dim=1)
         attended = attend(layer, rotate(q, *rotation), rotate(k, *rotation), v)
         x = x + self.attention_out(attended.flatten(1))
-        gate, up = self.mlp_in(self.mlp_norm(x)).chunk(2, dim=-1)
-        return x + self.mlp_out(F.silu(gate) * up)
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Transformer(nn.Module):
     """Logits of the next byte. Tokens of all sequences are packed in one dimension; what belongs
-    together is known to the attention function alone."""
+    together is known to the attention function alone.
 
-    def __init__(self):
+    memories: ``{layer: memory}``, which takes the place of that layer's MLP.
+    """
+
+    def __init__(self, memories: dict[int, ProductKeyMemory] | None = None):
         super().__init__()
+        mlps = {layer: MLP() for layer in range(NUM_LAYERS)} | (memories or {})
         self.embedding = nn.Embedding(256, DIM)
-        self.blocks = nn.ModuleList(Block() for _ in range(NUM_LAYERS))
+        self.blocks = nn.ModuleList(Block(mlps[layer]) for layer in range(NUM_LAYERS))
         self.norm = nn.RMSNorm(DIM)
         self.head = nn.Linear(DIM, 256, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
         for block in self.blocks:  # each block begins as the identity
             nn.init.zeros_(block.attention_out.weight)
-            nn.init.zeros_(block.mlp_out.weight)
+            nn.init.zeros_(block.mlp.value_proj.weight)
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attention) -> Tensor:
         """tokens ``[T]`` at positions ``[T]`` of their sequences -> ``[T, 256]``."""
@@ -158,7 +176,7 @@ def load_text() -> tuple[Tensor, Tensor]:
 
 
 def train(model: Transformer, steps: int, batch: int = 2, length: int = CONTEXT):
-    """Returns the loss of every step, and the held-out loss as (step, loss) pairs."""
+    """Returns a `Training`, and a function that computes the held-out loss."""
     data, held_out = load_text()
     attend = packed_attention(torch.arange(0, batch * length + 1, length))
     positions = torch.arange(length).repeat(batch)
@@ -170,27 +188,34 @@ def train(model: Transformer, steps: int, batch: int = 2, length: int = CONTEXT)
         return F.cross_entropy(logits, window[:, 1:].flatten())
 
     @torch.no_grad()
-    def held_out_loss() -> float:
+    def held_out_loss(batches: int = 8) -> float:
         generator = torch.Generator().manual_seed(1)
-        return sum(loss_on(held_out, generator).item() for _ in range(4)) / 4
+        return sum(loss_on(held_out, generator).item() for _ in range(batches)) / batches
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
+    optimizers = demo_memory.make_optimizers(model, lr=3e-3)
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
+        for optimizer in optimizers
+    ]
     generator = torch.Generator().manual_seed(0)
-    losses, held_out_losses = [], [(0, held_out_loss())]
+    training = Training(held_out=[(0, held_out_loss())])
     progress = tqdm(range(1, steps + 1), desc="train", unit="step")
     for step in progress:
+        start = time.perf_counter()
         loss = loss_on(data, generator)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
+        nn.utils.clip_grad_norm_(optimizers[0].param_groups[0]["params"], 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        training.losses.append(loss.item())
+        training.seconds.append(time.perf_counter() - start)
         if step % max(1, steps // 5) == 0:
-            held_out_losses.append((step, held_out_loss()))
-        progress.set_postfix(loss=f"{losses[-1]:.2f}", held_out=f"{held_out_losses[-1][1]:.2f}")
-    return losses, held_out_losses
+            training.held_out.append((step, held_out_loss()))
+        latest = training.losses[-1], training.held_out[-1][1]
+        progress.set_postfix(loss=f"{latest[0]:.2f}", held_out=f"{latest[1]:.2f}")
+    return training, held_out_loss
 
 
 # ---- serve ---------------------------------------------------------------------------------------
@@ -382,13 +407,20 @@ def race_all(model: Transformer, contexts: tuple[int, ...], batch: int = 8):
 # ---- the story -----------------------------------------------------------------------------------
 
 
-def draw(losses, held_out_losses, contexts, results, path: str) -> None:
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    loss, rate, share = figure.subplots(1, 3)
-    loss.plot(range(1, len(losses) + 1), losses, color="0.75", label="training")
-    loss.plot(*zip(*held_out_losses, strict=True), "o-", color="C0", label="held out")
+def draw(trainings: dict[str, Training], reads: Tensor, contexts, results, path: str) -> None:
+    figure = Figure(figsize=(17, 3.8), layout="constrained")
+    loss, slots, rate, share = figure.subplots(1, 4)
+    for color, (name, training) in enumerate(trainings.items()):
+        steps = range(1, len(training.losses) + 1)
+        loss.plot(steps, training.losses, color=f"C{color}", alpha=0.25)
+        points = zip(*training.held_out, strict=True)
+        loss.plot(*points, "o-", color=f"C{color}", label=f"{name}, held out")
     loss.set(title="Byte-level model, attention by memkernels", xlabel="step")
     loss.set_ylabel("nats per byte")
+    used = reads[reads > 0].sort(descending=True).values
+    slots.loglog(range(1, len(used) + 1), used / reads.sum(), color="C1", label="held out")
+    slots.set(title=f"{len(used) / len(reads):.0%} of the memory's slots are read")
+    slots.set(xlabel="slot, most read first", ylabel="share of reads")
     places = torch.arange(len(contexts))
     for shift, (engine, values) in zip((-0.2, 0.2), results.items(), strict=True):
         rates, shares = zip(*values, strict=True)
@@ -400,7 +432,7 @@ def draw(losses, held_out_losses, contexts, results, path: str) -> None:
     share.set(title="Attention in a decoding step", ylabel="% of time", ylim=(0, 110))
     for axes in rate, share:
         axes.set(xlabel="context", xticks=places, xticklabels=contexts)
-    for axes in loss, rate, share:
+    for axes in loss, slots, rate, share:
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -410,13 +442,18 @@ def main(quick: bool = False, out: str = "memkernels_demo.png") -> None:
     torch.manual_seed(0)
     print(f"memkernels {memkernels.__version__}, torch {torch.__version__}, ", end="")
     print(f"{torch.get_num_threads()} threads\n\n1. The ops\n")
-    demo_ops.table(quick)
+    demo_ops.table([demo_ops.cases, demo_lookup.cases], quick)
 
-    model = Transformer()
-    size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"\n2. A language model of {size / 1e6:.1f} M parameters on Python's documentation\n")
-    losses, held_out_losses = train(model, steps=20 if quick else 400)
-    print(f"  held-out loss {held_out_losses[-1][1]:.3f} nats per byte\n\nServing from pages\n")
+    print("\n2. A language model on Python's documentation, without and with a memory\n")
+    memory = demo_memory.make_memory(DIM)
+    model, remembering = Transformer(), Transformer({MEMORY_LAYER: memory})
+    models = {"MLPs": model, "memory for one MLP": remembering}
+    trainings = {}
+    for name, each in models.items():
+        trainings[name], evaluate = train(each, steps=20 if quick else 300)
+    reads = demo_memory.count_reads(memory, evaluate)
+    demo_memory.table(models, trainings, reads)
+    print("\nServing the first from pages\n")
     serve(model, count=32 if quick else 200)
 
     batch, prefix_len = (4, 512) if quick else (16, 2048)
@@ -430,5 +467,5 @@ def main(quick: bool = False, out: str = "memkernels_demo.png") -> None:
     print("\nDecoding 8 sequences: tokens/s in the best step (attention's share of it)\n")
     contexts = (256, 1024) if quick else (1024, 4096, 16384)
     results = race_all(model, contexts)
-    draw(losses, held_out_losses, contexts, results, out)
+    draw(trainings, reads, contexts, results, out)
     print(f"\nFigure: {out}")

@@ -337,20 +337,13 @@ def error(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
     )
 
 
-def table(quick: bool = False) -> None:
-    bandwidth = read_limit(256)
-    flops = {name: flops_limit(dtype) for name, dtype in DTYPES.items()}
-    print(f"  limits of this machine: reading {bandwidth / 1e9:.1f} GB/s", end="")
-    for dtype, limit in flops.items():
-        print(f", {dtype} {limit / 1e9:.0f} GFLOP/s", end="")
-    print(f"\n\n  {'op':<25}{'':<5}{'case':<27}{'error':>6}{'torch':>7}{'ms':>8}", end="")
-    print(f"{'rate':>14}{'of limit':>10}{'torch':>8}")
-
-    scale = 4 if quick else 1
-    cases = [lambda d=d: decode(d, bandwidth, 4, 4096 // scale) for d in DTYPES]
+def cases(bandwidth: float, flops: dict[str, float], scale: int) -> list[Callable[[], Case]]:
+    """Attention and selection, at the limits of reading and computing, and so much smaller."""
+    made = [lambda d=d: decode(d, bandwidth, 4, 4096 // scale) for d in DTYPES]
     for backward in False, True:
-        cases += [lambda d=d, b=backward: causal(d, flops[d], 1024 // scale, b) for d in DTYPES]
-    cases += [
+        made += [lambda d=d, b=backward: causal(d, flops[d], 1024 // scale, b) for d in DTYPES]
+    return [
+        *made,
         lambda: gather(bandwidth, 4, 4096 // scale, 64 // scale),
         lambda: append(bandwidth, 8192 // scale),
         lambda: compact(bandwidth, 16384 // scale),
@@ -361,7 +354,20 @@ def table(quick: bool = False) -> None:
         lambda: nearest(flops["f32"], 64, 65536 // scale, 32),
         lambda: indexer(flops["bf16"], 32, 4096 // scale, 64),
     ]
-    for make in cases:
+
+
+def table(families: list[Callable], quick: bool = False) -> None:
+    """families: functions like `cases`."""
+    bandwidth = read_limit(256)
+    flops = {name: flops_limit(dtype) for name, dtype in DTYPES.items()}
+    print(f"  limits of this machine: reading {bandwidth / 1e9:.1f} GB/s", end="")
+    for dtype, limit in flops.items():
+        print(f", {dtype} {limit / 1e9:.0f} GFLOP/s", end="")
+    print(f"\n\n  {'op':<25}{'':<5}{'case':<27}{'error':>6}{'torch':>7}{'ms':>8}", end="")
+    print(f"{'rate':>14}{'of limit':>10}{'torch':>8}")
+
+    scale = 4 if quick else 1
+    for make in (make for family in families for make in family(bandwidth, flops, scale)):
         case = make()
         ours_error, peer_error = (error(run(), case.exact) for run in (case.ours, case.peer))
         ours, peer = (times.minimum for times in interleaved(case.ours, case.peer))
@@ -376,6 +382,7 @@ def table(quick: bool = False) -> None:
   error: against float64, the largest over the largest exact number, and torch's beside it.
   torch, last: its time over ours; scaled_dot_product_attention (decode: after gathering the pages,
   which is part of its time), index_copy_, gather, logsumexp with a weighted sum, matmul with topk,
-  softmax or relu. training: forward and backward. Bytes are those of keys and values, summaries or
-  scores; for append_kv, compact_kv and merge_states read and written."""
+  softmax or relu, embedding_bag, SparseAdam, or the formula op by op. training: forward and
+  backward. Bytes are those of keys and values, summaries, scores or rows; for ops that write as
+  much as they read both."""
     )

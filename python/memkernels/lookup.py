@@ -373,7 +373,7 @@ def _(query, keys, *, k):
 
 
 @_fake("embedding_bag")
-def _(input, weight, offsets, per_sample_weights, scales, *, sparse):
+def _(input, weight, offsets, per_sample_weights, scales, *, sparse=False):
     dtype = weight.dtype if scales is None else torch.float32
     num_bags = len(input if offsets is None else offsets)
     return weight.new_empty(num_bags, weight.shape[1], dtype=dtype)
@@ -397,7 +397,9 @@ def _(grad, input, weight, offsets):
 
 
 @_fake("ngram_hash")
-def _(token_ids, multipliers, moduli, offsets, past_ids, cu_seqlens, *, orders, eos_id, pad_id):
+def _(
+    token_ids, multipliers, moduli, offsets, past_ids, cu_seqlens, *, orders, eos_id=None, pad_id=0
+):
     return token_ids.new_empty((*token_ids.shape, len(moduli)), dtype=torch.int64)
 
 

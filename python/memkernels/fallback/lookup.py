@@ -38,11 +38,13 @@ _ACTIVATIONS = {
 def product_key_topk(query, keys, k):
     """`memkernels.product_key_topk` in plain torch.
 
-    Memory is proportional to tokens times keys.
+    Memory is proportional to tokens times keys. A matrix product may tell equal keys apart, if they
+    are not integers: then not every tie goes to the lower index.
     """
     op = "product_key_topk"
     floating = query.dim() == 4 and query.shape[2] == 2 and query.is_floating_point()
     _check(op, floating, "query", "floating [T, H, 2, Dk]", _describe(query))
+    _check_some(op, "query", query)
     num_heads, head_dim = query.shape[1], query.shape[3]
     alike = keys.dim() == 4 and keys.dtype == query.dtype
     alike = alike and (*keys.shape[:2], keys.shape[3]) == (num_heads, 2, head_dim)
@@ -98,6 +100,7 @@ def embedding_bag(
     known = quantised or (weight.is_floating_point() and weight.itemsize > 1)
     expected = "floating, int8 or float8_e4m3fn [N, D]"
     _check(op, known and weight.dim() == 2, "weight", expected, _describe(weight))
+    _check_some(op, "weight", weight)
     dtype = torch.float32 if quantised else weight.dtype
     index, bag, place = _read(op, input, offsets, len(weight))
     _check_factors(op, "per_sample_weights", per_sample_weights, input.shape, dtype)
@@ -138,13 +141,14 @@ def embedding_bag_backward(
     size = len(input if offsets is None else offsets)
     alike = grad.dim() == 2 and len(grad) == size and grad.is_floating_point()
     _check(op, alike, "grad", f"floating [{size}, D]", _describe(grad))
+    _check_some(op, "grad", grad)
     _check_factors(op, "per_sample_weights", per_sample_weights, input.shape, grad.dtype)
     _no_gradient(op, grad=grad)
     if out is not None:
         shape, dtypes = [num_embeddings, grad.shape[1]], (grad.dtype, _wide(grad.dtype))
         alike = list(out.shape) == shape and out.dtype in dtypes
         _check(op, alike, "out", f"{dtypes[0]} or {dtypes[1]} {shape}", _describe(out))
-        _no_gradient(op, out=out)
+        _check_written(op, out=out)
 
     values = grad.to(_attention._accumulator(grad.dtype)).index_select(0, bag)
     if per_sample_weights is not None:
@@ -174,7 +178,7 @@ def row_adagrad(param, sum, rows, grads, count, *, lr, eps=1e-10):
     alike = sum.shape in (param.shape, param.shape[:1]) and sum.dtype == wide
     expected = f"{wide} {list(param.shape)} or {list(param.shape[:1])}"
     _check(op, alike, "sum", expected, _describe(sum))
-    _no_gradient(op, sum=sum)
+    _check_written(op, sum=sum)
     rows, grads = _steps(op, param, rows, grads, count)
     squares = grads.square()
     total = sum[rows] + (squares if sum.dim() == 2 else squares.mean(1))
@@ -204,7 +208,7 @@ def row_adam(
         alike = moment.shape == param.shape and moment.dtype in dtypes
         expected = f"{dtypes[0]} or {dtypes[1]} {list(param.shape)}"
         _check(op, alike, name, expected, _describe(moment))
-        _no_gradient(op, **{name: moment})
+        _check_written(op, **{name: moment})
     _check(op, step >= 1, "step", "at least 1", step)
     _check(op, all(0 <= beta < 1 for beta in betas), "betas", "at least 0 and below 1", betas)
     rows, grads = _steps(op, param, rows, grads, count)
@@ -240,7 +244,7 @@ def ngram_hash(
     alike = multipliers.shape == (reach + 1,) and multipliers.dtype == torch.int64
     _check(op, alike, "multipliers", f"torch.int64 [{reach + 1}]", _describe(multipliers))
     heads = moduli.numel() // len(orders)
-    alike = moduli.shape == (len(orders) * heads,) and moduli.dtype == torch.int64
+    alike = moduli.shape == (len(orders) * heads,) and moduli.dtype == torch.int64 and heads > 0
     _check(op, alike, "moduli", f"torch.int64 [{len(orders)} * heads]", _describe(moduli))
     alike = offsets.shape == moduli.shape and offsets.dtype == torch.int64
     _check(op, alike, "offsets", f"torch.int64 {list(moduli.shape)}", _describe(offsets))
@@ -290,6 +294,7 @@ def engram_gate(hidden, k, v, weight, *, eps=1e-6, sign="zero"):
     op = "engram_gate"
     floating = hidden.dim() == 3 and hidden.is_floating_point()
     _check(op, floating, "hidden", "floating [T, C, D]", _describe(hidden))
+    _check_some(op, "hidden", hidden)
     shape, dtype = hidden.shape, hidden.dtype
     alike = k.shape == shape and k.dtype == dtype
     _check(op, alike, "k", f"{dtype} {list(shape)}", _describe(k))
@@ -301,7 +306,7 @@ def engram_gate(hidden, k, v, weight, *, eps=1e-6, sign="zero"):
     accumulator = _attention._accumulator(dtype)
     hidden, k, v, weight = (x.to(accumulator) for x in (hidden, k, v, weight))
     hidden, k = (x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() for x in (hidden, k))
-    d = (hidden * k * weight).sum(-1) * max(shape[2], 1) ** -0.5
+    d = (hidden * k * weight).sum(-1) * shape[2] ** -0.5
     root = d.abs().clamp(min=1e-6).sqrt()
     root = d.sign() * root if sign == "zero" else root.copysign(d)
     return (root.sigmoid()[..., None] * v[:, None]).to(dtype)
@@ -325,11 +330,14 @@ def sparse_ffn(x, up, down, indices, weights=None, *, activation="gelu"):
     """`memkernels.sparse_ffn` in plain torch."""
     op = "sparse_ffn"
     _check(op, x.dim() == 2 and x.is_floating_point(), "x", "floating [T, D]", _describe(x))
+    _check_some(op, "x", x)
     alike = up.dim() == 2 and up.shape[1] == x.shape[1] and up.dtype == x.dtype
     _check(op, alike, "up", f"{x.dtype} [N, {x.shape[1]}]", _describe(up))
     alike = down.dim() == 2 and len(down) == len(up) and down.dtype == x.dtype
     _check(op, alike, "down", f"{x.dtype} [{len(up)}, Dout]", _describe(down))
+    _check_some(op, "down", down)
     _check_index(op, "indices", indices, ndim=2)
+    _check_some(op, "indices", indices)
     alike = len(indices) == len(x)
     _check(op, alike, "indices", f"of {len(x)} rows", len(indices))
     _check_factors(op, "weights", weights, indices.shape, x.dtype)
@@ -371,6 +379,8 @@ class _SparseRows(torch.autograd.Function):
 def _read(op, input, offsets, size):
     """What bags read: the indices, the bag of each, and its place in the flattened input."""
     _check_index(op, "input", input, ndim=2 if offsets is None else 1)
+    if offsets is None:
+        _check_some(op, "input", input)
     index, inside = _checked(op, "input", input, size)
     if offsets is None:
         bag = torch.arange(len(input), device=input.device)[:, None].expand_as(input)
@@ -401,6 +411,20 @@ def _checked(op, name, index, size):
     return index, inside
 
 
+def _check_written(op, **tensors):
+    """What an op writes has no gradient, and no two elements in one place."""
+    _no_gradient(op, **tensors)
+    for name, tensor in tensors.items():
+        expanded = any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        _check(
+            op, not expanded, name, "without elements that overlap", f"strides {tensor.stride()}"
+        )
+
+
+def _check_some(op, name, tensor):
+    _check(op, tensor.shape[-1] > 0, name, "of at least one column", _describe(tensor))
+
+
 def _check_factors(op, name, factors, shape, dtype):
     """Factors that may be wider than what they belong to; None: there are none."""
     if factors is not None:
@@ -422,6 +446,7 @@ def _steps(op, param, rows, grads, count):
     """The different rows that change, and their gradients in the accumulator's dtype."""
     floating = param.dim() == 2 and param.is_floating_point()
     _check(op, floating, "param", "floating [N, D]", _describe(param))
+    _check_some(op, "param", param)
     _check_index(op, "rows", rows)
     wide, shape = _wide(param.dtype), (len(rows), param.shape[1])
     alike = grads.shape == shape and grads.dtype == wide
@@ -429,7 +454,8 @@ def _steps(op, param, rows, grads, count):
     _check_index(op, "count", count)
     _check(op, len(count) == 1, "count", "of one entry", len(count))
     _check_range(op, "count", count, 0, len(rows))
-    _no_gradient(op, param=param, grads=grads)
+    _no_gradient(op, grads=grads)
+    _check_written(op, param=param)
     used = torch.arange(len(rows), device=rows.device) < count
     index, inside = _checked(op, "rows", rows.where(used, -1), len(param))
     index = index[inside]

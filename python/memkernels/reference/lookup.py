@@ -32,11 +32,11 @@ def product_key_topk(query, keys, k):
     for t, head in np.ndindex(num_tokens, num_heads):
         # Not a matrix product, which may round equal keys differently.
         first, second = (keys[head] * query[t, head, :, None]).sum(-1)
+        best1, best2 = _ranked(first)[:k], _ranked(second)[:k]
         pairs = [
             (first[i1] + second[i2], i1 * size + i2)
-            for rank1, i1 in enumerate(_ranked(first)[:k], 1)
-            for rank2, i2 in enumerate(_ranked(second)[:k], 1)
-            if rank1 * rank2 <= k
+            for rank1, i1 in enumerate(best1, 1)
+            for i2 in best2[: k // rank1]
         ]
         pairs.sort(key=lambda pair: (-pair[0], pair[1]))
         for j, (score, index) in enumerate(pairs[:k]):

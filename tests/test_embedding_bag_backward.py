@@ -1,0 +1,330 @@
+"""Gradients of embedding_bag: as tensors, as rows, and added to a buffer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import memkernels
+from cases import arrays
+from checks import at_random, check, check_error, check_gradients, gradients, outcome, put, upstream
+from lookup_cases import FP8, backward_case, bag_case, poison_unread, wide
+from memkernels import reference
+from test_attention import DTYPES
+from test_embedding_bag import FLAT, bag_sizes
+from test_selection import INDEX_DTYPES
+from tolerance import assert_same_bits, unchanged
+
+BAGS = pytest.mark.parametrize("bags", [(6, 5), FLAT], ids=["equal", "flat"])
+sparse_or_dense = pytest.mark.parametrize("sparse", [False, True])
+
+
+def rows_of(ops, arguments):
+    return outcome(ops, "embedding_bag_backward", arguments)
+
+
+# ---- as rows, and added to a buffer --------------------------------------------------------------
+
+
+@at_random(sizes=bag_sizes())
+def test_rows_at_random(lookup_ops, sizes):
+    arguments = backward_case(bag_case(**sizes))
+    rows, grads, count = check(lookup_ops, "embedding_bag_backward", arguments, slack=2)
+    assert (rows.dtype, grads.dtype, count.dtype) == (torch.int64, wide(sizes["dtype"]), rows.dtype)
+    assert len(rows) == len(grads) == arguments["input"].numel() and count.shape == (1,)
+
+
+@at_random(sizes=bag_sizes(), in_wide=st.booleans())
+def test_buffers_at_random(lookup_ops, sizes, in_wide):
+    """Rows that no bag reads are NaN, and stay so."""
+    arguments = backward_case(bag_case(**sizes))
+    generator = torch.Generator().manual_seed(sizes["seed"])
+    out = torch.randn(sizes["num_rows"], sizes["dim"], generator=generator)
+    out = out.to(wide(sizes["dtype"]) if in_wide else sizes["dtype"])
+    out = poison_unread(out, arguments["input"])
+    check(lookup_ops, "embedding_bag_backward", arguments | {"out": out}, slack=2)
+    assert lookup_ops.embedding_bag_backward(**arguments, out=out) is out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_integers_are_exact_for_every_dim(lookup_ops, dtype):
+    for dim in 1, 7, 8, 16, 33, 64, 130, 576:
+        sizes = {"factors": "same", "popular": True, "integers": True, "dtype": dtype, "seed": dim}
+        arguments = backward_case(bag_case((7, 20), 30, dim, **sizes))
+        exact = [torch.from_numpy(x) for x in reference.embedding_bag_backward(**arrays(arguments))]
+        exact[1] = exact[1].to(wide(dtype))
+        assert_same_bits(rows_of(lookup_ops, arguments), tuple(exact))
+        out = torch.full((30, dim), 3.0, dtype=dtype)
+        exact = reference.embedding_bag_backward(**arrays(arguments | {"out": out}))
+        actual = rows_of(lookup_ops, arguments | {"out": out})
+        assert_same_bits(actual, torch.from_numpy(exact).to(dtype))
+
+
+@pytest.mark.parametrize("index_dtype", INDEX_DTYPES)
+def test_rows_of_nothing(lookup_ops, index_dtype):
+    empty = torch.empty(0, 3, dtype=index_dtype)
+    for input, offsets, bags in (
+        (empty, None, 0),
+        (torch.full((2, 3), -1, dtype=index_dtype), None, 2),
+        (empty.flatten(), torch.zeros(2, dtype=index_dtype), 2),
+        (empty.flatten(), empty.flatten(), 0),
+    ):
+        grad = torch.full((bags, 4), torch.nan)
+        for num_rows in 9, 0:
+            arguments = {"grad": grad, "input": input, "num_embeddings": num_rows}
+            rows, grads, count = rows_of(lookup_ops, arguments | {"offsets": offsets})
+            assert count.tolist() == [0] and (rows == -1).all() and not grads.any()
+            assert grads.shape == (input.numel(), 4)
+            out = torch.full((num_rows, 4), torch.nan)
+            lookup_ops.embedding_bag_backward(**arguments, offsets=offsets, out=out)
+            assert out.isnan().all()
+
+
+def test_layers_that_share_a_table_add_to_one_buffer(lookup_ops):
+    """A strided one: every other column of a wider buffer's rows."""
+    one, other = bag_case((6, 5), 20, 12), bag_case(FLAT, 20, 12, factors="same", seed=1)
+    leaf = torch.randn(20, 12).requires_grad_()
+    buffer = torch.zeros(20, 24)[:, :12]
+    for arguments in one, other:
+        out = lookup_ops.embedding_bag(**arguments | {"weight": leaf})
+        out.backward(upstream(out))
+        del arguments["weight"]
+        lookup_ops.embedding_bag_backward(upstream(out), **arguments, num_embeddings=20, out=buffer)
+    torch.testing.assert_close(buffer, leaf.grad)
+
+
+def test_the_version_of_the_buffer_alone_is_bumped(lookup_ops):
+    arguments = backward_case(bag_case((6, 5), 20, 12)) | {"out": torch.zeros(20, 12)}
+    weight = torch.ones(1, requires_grad=True)
+    product = (weight * arguments["out"]).sum()
+    versions = arguments["grad"]._version, arguments["out"]._version
+    lookup_ops.embedding_bag_backward(**arguments)
+    assert arguments["grad"]._version == versions[0]
+    assert arguments["out"]._version > versions[1]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with torch.inference_mode():
+        lookup_ops.embedding_bag_backward(**arguments | {"out": torch.zeros(20, 12)})
+
+
+ERRORS = {
+    "index_too_large": ("input", lambda c: {"input": put(c.input, (3, 2), 9)}),
+    "index_below_minus_one": ("input", lambda c: {"input": put(c.input, (3, 2), -2)}),
+    "num_embeddings_too_small": ("input|out", {"num_embeddings": 8}),
+    "negative_num_embeddings": ("num_embeddings|out", {"num_embeddings": -1}),
+    "rows_of_grad": ("grad", lambda c: {"grad": c.grad[:-1]}),
+    "rank_of_grad": ("grad", lambda c: {"grad": c.grad[0]}),
+    "integer_grad": ("grad", lambda c: {"grad": c.grad.int()}),
+    "no_columns_of_grad": ("grad|out", lambda c: {"grad": c.grad[:, :0]}),
+    "no_columns_of_input": (
+        "input", lambda c: {"input": c.input[:, :0], "per_sample_weights": None}
+    ),
+    "offsets_of_rows": ("input|offsets", {"offsets": torch.tensor([0, 3])}),
+    "falling_offsets": (
+        "offsets", lambda c: {"input": c.input.flatten(), "per_sample_weights": None,
+                              "offsets": torch.tensor([0, 3, 2, 4, 4])}
+    ),
+    "shape_of_factors": (
+        "per_sample_weights", lambda c: {"per_sample_weights": c.per_sample_weights[:, :1]}
+    ),
+    "narrow_factors": (
+        "per_sample_weights", lambda c: {"per_sample_weights": c.per_sample_weights.half()}
+    ),
+}  # fmt: skip
+
+OUT_ERRORS = ERRORS | {
+    "rows_of_out": ("out", {"out": torch.zeros(8, 6)}),
+    "columns_of_out": ("out", {"out": torch.zeros(9, 5)}),
+    "rank_of_out": ("out", {"out": torch.zeros(9)}),
+    "narrow_out": ("out", {"out": torch.zeros(9, 6).bfloat16()}),
+    "double_out": ("out", {"out": torch.zeros(9, 6).double()}),
+    "overlapping_out": ("out", {"out": torch.zeros(6).expand(9, 6)}),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_errors_of_rows(lookup_ops, error):
+    arguments = backward_case(bag_case((5, 4), 9, 6, factors="same", skipped=0))
+    check_error(lookup_ops, "embedding_bag_backward", put_last_row(arguments), ERRORS[error])
+
+
+@pytest.mark.parametrize("error", OUT_ERRORS)
+def test_errors_of_buffers_change_nothing(lookup_ops, error):
+    arguments = backward_case(bag_case((5, 4), 9, 6, factors="same", skipped=0))
+    arguments = put_last_row(arguments) | {"out": torch.zeros(9, 6)}
+    check_error(lookup_ops, "embedding_bag_backward", arguments, OUT_ERRORS[error])
+
+
+def put_last_row(arguments):
+    return arguments | {"input": put(arguments["input"], (0, 0), 8)}
+
+
+# ---- through autograd ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factors", [None, "same", "wide"])
+@BAGS
+def test_against_autograd_through_the_fallback(bags, factors, dtype):
+    for dim, popular in (37, False), (64, True):
+        sizes = {"factors": factors, "popular": popular, "dtype": dtype}
+        check_gradients(memkernels, "embedding_bag", bag_case(bags, 40, dim, **sizes))
+
+
+@pytest.mark.parametrize("factors", [None, "same"])
+@BAGS
+def test_gradcheck(lookup_ops, bags, factors):
+    arguments = bag_case(bags, 4, 3, factors=factors, dtype=torch.float64)
+    leaves = {"weight": arguments["weight"].nan_to_num()}
+    if factors:
+        leaves["per_sample_weights"] = arguments["per_sample_weights"].nan_to_num()
+
+    def out(*values):
+        return lookup_ops.embedding_bag(**arguments | dict(zip(leaves, values, strict=True)))
+
+    assert torch.autograd.gradcheck(out, [leaf.requires_grad_() for leaf in leaves.values()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@sparse_or_dense
+@BAGS
+def test_gradients_are_those_of_torch(lookup_ops, bags, sparse, dtype):
+    arguments = bag_case(bags, 40, 24, skipped=0, popular=True, dtype=dtype) | {"sparse": sparse}
+    arguments["weight"] = arguments["weight"].nan_to_num().requires_grad_()
+    expected = torch.nn.functional.embedding_bag(**arguments, mode="sum")
+    (expected,) = torch.autograd.grad(expected, arguments["weight"], upstream(expected))
+    (grad,) = gradients(lookup_ops.embedding_bag, arguments, ["weight"]).values()
+    assert grad.layout == expected.layout
+    torch.testing.assert_close(grad.to_dense(), expected.to_dense())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bags", [(6, 5), FLAT, (3, 4)], ids=["equal", "flat", "none"])
+def test_sparse_gradients_are_rows_of_the_dense_one(lookup_ops, bags, dtype):
+    skipped = 1 if bags == (3, 4) else 0.2
+    arguments = bag_case(bags, 40, 24, factors="same", dtype=dtype, skipped=skipped)
+    dense = gradients(lookup_ops.embedding_bag, arguments)
+    sparse = gradients(lookup_ops.embedding_bag, arguments | {"sparse": True})
+    assert_same_bits(sparse["per_sample_weights"], dense["per_sample_weights"])
+    grad, input = sparse["weight"], arguments["input"]
+    assert grad.is_sparse and grad.is_coalesced() and grad.shape == arguments["weight"].shape
+    assert grad.dtype == dtype
+    assert_same_bits(grad.indices()[0], input[input >= 0].unique())
+    assert_same_bits(grad.values(), dense["weight"][grad.indices()[0]])
+    assert not dense["weight"][poison_unread(dense["weight"], input).isnan()].any()
+
+
+@sparse_or_dense
+def test_layers_that_share_a_table_accumulate(lookup_ops, sparse):
+    layers = bag_case((6, 5), 20, 12), bag_case((3, 9), 20, 12, factors="same", seed=1)
+    alone = [
+        gradients(lookup_ops.embedding_bag, x | {"weight": torch.ones(20, 12)}, ["weight"])
+        for x in layers
+    ]
+    leaf = torch.ones(20, 12).requires_grad_()
+    for arguments in layers:
+        out = lookup_ops.embedding_bag(**arguments | {"weight": leaf, "sparse": sparse})
+        out.backward(upstream(out))
+    assert leaf.grad.is_sparse == sparse
+    expected = alone[0]["weight"] + alone[1]["weight"]
+    torch.testing.assert_close(leaf.grad.to_dense(), expected)
+
+
+@pytest.mark.parametrize("names", [["weight"], ["per_sample_weights"]])
+def test_each_gradient_only_if_asked_for(lookup_ops, names):
+    """Asking for fewer changes no bits of those asked for."""
+    arguments = bag_case((6, 5), 20, 12, factors="same")
+    every = gradients(lookup_ops.embedding_bag, arguments)
+    fewer = gradients(lookup_ops.embedding_bag, arguments, names)
+    assert_same_bits(fewer, {name: every[name] for name in names})
+
+
+def test_nan_reaches_only_the_gradients_that_use_it(lookup_ops):
+    arguments = bag_case((12, 4), 30, 20, factors="same")
+    input = arguments["input"]
+    clean = gradients(lookup_ops.embedding_bag, arguments)
+    row = input[3][input[3] >= 0][0]
+    poisoned = arguments | {"weight": put(arguments["weight"], (row, 7), torch.nan)}
+    dirty = gradients(lookup_ops.embedding_bag, poisoned)
+    assert_same_bits(dirty["weight"], clean["weight"])
+    users = input == row
+    assert dirty["per_sample_weights"][users].isnan().all()
+    assert_same_bits(dirty["per_sample_weights"][~users], clean["per_sample_weights"][~users])
+
+    def poisoned_upstream(**arguments):
+        out = lookup_ops.embedding_bag(**arguments)
+        return out * put(torch.ones(out.shape), (3, 7), torch.nan)
+
+    dirty = gradients(poisoned_upstream, arguments)
+    read = torch.zeros(30, 20, dtype=torch.bool)
+    read[input[3][input[3] >= 0], 7] = True
+    assert dirty["weight"][read].isnan().all()
+    assert_same_bits(dirty["weight"][~read], clean["weight"][~read])
+    others = torch.arange(12) != 3
+    assert_same_bits(dirty["per_sample_weights"][others], clean["per_sample_weights"][others])
+
+
+@pytest.mark.parametrize("index", ["same", "popular"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_gradients_every_time_and_for_any_threads(num_threads, index, dtype):
+    """Whatever the workers: one row that every bag reads, or a few that most do."""
+    arguments = bag_case((400, 30), 500, 130, factors="wide", popular=True, dtype=dtype)
+    if index == "same":
+        input = torch.full_like(arguments["input"], 7)
+        weight = torch.ones_like(arguments["weight"])
+        arguments |= {"input": input, "weight": weight}
+        arguments["per_sample_weights"].nan_to_num_()
+    num_threads(1)
+    expected = gradients(memkernels.embedding_bag, arguments)
+    rows = rows_of(memkernels, backward_case(arguments))
+    for threads in 1, 2, 2, 3:
+        num_threads(threads)
+        assert_same_bits(gradients(memkernels.embedding_bag, arguments), expected)
+        assert_same_bits(rows_of(memkernels, backward_case(arguments)), rows)
+
+
+def test_strided_gradient_of_the_result(lookup_ops):
+    arguments = bag_case((6, 5), 20, 12, factors="same")
+    names = ["weight", "per_sample_weights"]
+    leaves = [arguments[name].requires_grad_() for name in names]
+    out = lookup_ops.embedding_bag(**arguments)
+    for dout in torch.randn(6, 24)[:, ::2], torch.randn(12, 6).T, torch.ones(()).expand(6, 12):
+        strided = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+        contiguous = torch.autograd.grad(out, leaves, dout.contiguous(), retain_graph=True)
+        assert_same_bits(strided, contiguous)
+
+
+@sparse_or_dense
+@pytest.mark.parametrize("name", ["weight", "per_sample_weights"])
+def test_differentiable_once(name, sparse):
+    """A gradient of a gradient raises; above all it is not silently incomplete."""
+    arguments = bag_case((6, 5), 20, 12, factors="same", skipped=0) | {"sparse": sparse}
+    leaf = arguments[name].requires_grad_()
+    loss = memkernels.embedding_bag(**arguments).square().sum()
+    with pytest.raises(RuntimeError, match="differentia"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+@pytest.mark.parametrize("name", ["weight", "scales"])
+def test_quantised_tables_have_no_gradient(lookup_ops, name):
+    arguments = {"weight": torch.ones(9, 6).to(FP8), "scales": torch.ones(9, 2)}
+    arguments[name].requires_grad_()
+    arguments["input"] = torch.zeros(3, 2, dtype=torch.long)
+    message = r"embedding_bag: .*not differentiable"
+    with unchanged(*arguments.values()), pytest.raises(RuntimeError, match=message):
+        lookup_ops.embedding_bag(**arguments)
+
+
+def test_factors_of_a_quantised_table_have_a_gradient(lookup_ops):
+    """Or are refused; above all they do not get none."""
+    weight, scales = torch.arange(24).view(4, 6).to(torch.int8), torch.full((4, 1), 0.5)
+    input, factors = torch.tensor([[0, 3, -1]]), torch.ones(1, 3, requires_grad=True)
+    try:
+        out = lookup_ops.embedding_bag(input, weight, per_sample_weights=factors, scales=scales)
+    except RuntimeError as error:
+        assert "not differentiable" in str(error)
+        return
+    out.sum().backward()
+    expected = torch.tensor([[weight[0].sum() / 2, weight[3].sum() / 2, 0]])
+    torch.testing.assert_close(factors.grad, expected)
