@@ -167,7 +167,14 @@ MK_INLINE Vec<Acc<T>> load_ordered(const T* p) {
   if constexpr (__is_same(T, bf16)) {
     Halves bits;
     memcpy(&bits, p, sizeof(bits));
-    return bit_cast<Vec<float>>(__builtin_convertvector(bits, VecU32) << 16);
+#if defined(__AVX512F__)  // GCC widens by halves
+    const VecU32 words = bit_cast<VecU32>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(bits)));
+#elif defined(__AVX2__)
+    const VecU32 words = bit_cast<VecU32>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(bits)));
+#else
+    const VecU32 words = __builtin_convertvector(bits, VecU32);
+#endif
+    return bit_cast<Vec<float>>(words << 16);
   } else if constexpr (__is_same(T, f16)) {
 #if defined(__AVX512F__)
     __m256i bits;
@@ -184,6 +191,27 @@ MK_INLINE Vec<Acc<T>> load_ordered(const T* p) {
 #endif
   } else {
     return load(p);
+  }
+}
+
+// The inverse of load_ordered.
+template <class T>
+MK_INLINE void store_ordered(T* p, Vec<Acc<T>> v) {
+  if constexpr (__is_same(T, bf16)) {
+    const Halves bits = __builtin_convertvector(bf16_round(v) >> 16, Halves);
+    memcpy(p, &bits, sizeof(bits));
+  } else if constexpr (__is_same(T, f16)) {
+#if defined(__AVX512F__)
+    const __m256i bits = _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+    memcpy(p, &bits, sizeof(bits));
+#elif defined(__F16C__)
+    const __m128i bits = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
+    memcpy(p, &bits, sizeof(bits));
+#else
+    for (int i = 0; i < kLanes<float>; ++i) p[i].bits = float_to_half(v[i]);
+#endif
+  } else {
+    store(p, v);
   }
 }
 
