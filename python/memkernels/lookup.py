@@ -397,7 +397,9 @@ def _(grad, input, weight, offsets):
 
 
 @_fake("ngram_hash")
-def _(token_ids, multipliers, moduli, offsets, past_ids, cu_seqlens, *, orders, eos_id, pad_id):
+def _(
+    token_ids, multipliers, moduli, offsets, past_ids, cu_seqlens, *, orders, eos_id=None, pad_id=0
+):
     return token_ids.new_empty((*token_ids.shape, len(moduli)), dtype=torch.int64)
 
 
@@ -500,7 +502,7 @@ def _gate_gradient(ctx, dout):
     return _engram_gate_backward(dout.contiguous(), *ctx.saved_tensors, **ctx.options)
 
 
-def _codes_context(ctx, inputs, keyword_only_inputs, output):
+def _codes_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[0])
     ctx.save_for_backward(*inputs)
 
