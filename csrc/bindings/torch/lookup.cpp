@@ -8,6 +8,7 @@
 #include "lookup/engram_gate.h"
 #include "lookup/lsh_codes.h"
 #include "lookup/ngram_hash.h"
+#include "lookup/row_update.h"
 
 namespace memkernels::binding {
 
@@ -110,6 +111,53 @@ Tensor lsh_codes_backward(const Tensor& dscores, const Tensor& z) {
   return dz;
 }
 
+// ---- optimisers of rows ----
+
+lookup::RowUpdateArgs update_args(const char* op, const Tensor& param, const Tensor& rows,
+                                  const Tensor& grads, const Tensor& count, double lr) {
+  lookup::RowUpdateArgs a;
+  a.param = view(op, "param", param);
+  a.rows = view(op, "rows", rows);
+  a.grads = view(op, "grads", grads);
+  a.count = view(op, "count", count);
+  a.lr = lr;
+  return a;
+}
+
+void row_sgd(const Tensor& param, const Tensor& rows, const Tensor& grads, const Tensor& count,
+             double lr, double weight_decay) {
+  constexpr char op[] = "row_sgd";
+  lookup::RowUpdateArgs a = update_args(op, param, rows, grads, count, lr);
+  a.weight_decay = weight_decay;
+  lookup::row_update(op, a, OpContext(op, a.param.device));
+}
+
+void row_adagrad(const Tensor& param, const Tensor& sum, const Tensor& rows, const Tensor& grads,
+                 const Tensor& count, double lr, double eps) {
+  constexpr char op[] = "row_adagrad";
+  lookup::RowUpdateArgs a = update_args(op, param, rows, grads, count, lr);
+  a.optimiser = lookup::Optimiser::adagrad;
+  a.first = view(op, "sum", sum);
+  a.eps = eps;
+  lookup::row_update(op, a, OpContext(op, a.param.device));
+}
+
+void row_adam(const Tensor& param, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+              const Tensor& rows, const Tensor& grads, const Tensor& count, int64_t step, double lr,
+              double beta1, double beta2, double eps, double weight_decay) {
+  constexpr char op[] = "row_adam";
+  lookup::RowUpdateArgs a = update_args(op, param, rows, grads, count, lr);
+  a.optimiser = lookup::Optimiser::adam;
+  a.first = view(op, "exp_avg", exp_avg);
+  a.second = view(op, "exp_avg_sq", exp_avg_sq);
+  a.step = step;
+  a.beta1 = beta1;
+  a.beta2 = beta2;
+  a.eps = eps;
+  a.weight_decay = weight_decay;
+  lookup::row_update(op, a, OpContext(op, a.param.device));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MEMKERNELS_NAMESPACE, m) {
@@ -165,6 +213,9 @@ STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) {
   m.impl("engram_gate_backward", TORCH_BOX(&engram_gate_backward));
   m.impl("lsh_codes", TORCH_BOX(&lsh_codes));
   m.impl("lsh_codes_backward", TORCH_BOX(&lsh_codes_backward));
+  m.impl("row_sgd", TORCH_BOX(&row_sgd));
+  m.impl("row_adagrad", TORCH_BOX(&row_adagrad));
+  m.impl("row_adam", TORCH_BOX(&row_adam));
 }
 
 }  // namespace memkernels::binding
