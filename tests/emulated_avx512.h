@@ -52,6 +52,16 @@ inline __m512bh emulated_cvtne2ps(__m512 high, __m512 low) {
   return out;
 }
 
+inline __m512i emulated_cvtepu16(__m256i half) {
+  uint16_t from[16];
+  uint32_t to[16];
+  memcpy(from, &half, sizeof(from));
+  for (int i = 0; i < 16; ++i) to[i] = from[i];
+  __m512i out;
+  memcpy(&out, to, sizeof(out));
+  return out;
+}
+
 inline __m512 emulated_cvtph(__m256i half) {
   __m128i parts[2];
   __m256 wide[2];
@@ -96,6 +106,7 @@ inline __m512i emulated_widen(__m128i bytes) {
 #undef _mm512_cvtps_ph
 #define _mm512_dpbf16_ps emulated_dpbf16
 #define _mm512_cvtne2ps_pbh emulated_cvtne2ps
+#define _mm512_cvtepu16_epi32 emulated_cvtepu16
 #define _mm512_cvtph_ps emulated_cvtph
 #define _mm512_cvtps_ph emulated_cvtps
 #define _mm512_movepi32_mask emulated_movepi32_mask

@@ -1,10 +1,16 @@
 // Torch ops of the lookup family: schemas and adapters.
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "bindings/torch/convert.h"
 #include "core/check.h"
 #include "lookup/embedding_bag.h"
+#include "lookup/engram_gate.h"
+#include "lookup/lsh_codes.h"
+#include "lookup/ngram_hash.h"
 #include "lookup/product_key_topk.h"
+#include "lookup/row_update.h"
 #include "lookup/sparse_ffn.h"
 
 namespace memkernels::binding {
@@ -181,6 +187,148 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_ffn_backward(const Tensor& dy,
   return {dx, dweights, up_factors, down_factors};
 }
 
+Tensor ngram_hash(const Tensor& token_ids, const Tensor& multipliers, const Tensor& moduli,
+                  const Tensor& offsets, const OptionalTensor& past_ids,
+                  const OptionalTensor& cu_seqlens, std::vector<int64_t> orders,
+                  std::optional<int64_t> eos_id, int64_t pad_id) {
+  constexpr char op[] = "ngram_hash";
+  lookup::NgramHashArgs a;
+  a.token_ids = view(op, "token_ids", token_ids);
+  a.multipliers = view(op, "multipliers", multipliers);
+  a.moduli = view(op, "moduli", moduli);
+  a.offsets = view(op, "offsets", offsets);
+  a.past_ids = view(op, "past_ids", past_ids);
+  a.cu_seqlens = view(op, "cu_seqlens", cu_seqlens);
+  a.orders = orders.data();
+  a.num_orders = static_cast<int64_t>(orders.size());
+  a.eos_id = eos_id.value_or(-1);
+  a.pad_id = pad_id;
+  check_shape(op, "token_ids", a.token_ids, "[B, T]", {-1, -1});
+  check_shape(op, "moduli", a.moduli, "[len(orders) * heads]", {-1});
+  const int64_t* shape = a.token_ids.shape;
+  Tensor rows = empty({shape[0], shape[1], a.moduli.shape[0]}, Dtype::i64, a.token_ids.device);
+  a.rows = view(op, "rows", rows);
+  lookup::ngram_hash(a, OpContext(op, a.token_ids.device));
+  return rows;
+}
+
+lookup::EngramGateArgs gate_args(const char* op, const Tensor& hidden, const Tensor& k,
+                                 const Tensor& v, const Tensor& weight, double eps,
+                                 const std::string& sign) {
+  lookup::EngramGateArgs a;
+  a.hidden = view(op, "hidden", hidden);
+  a.k = view(op, "k", k);
+  a.v = view(op, "v", v);
+  a.weight = view(op, "weight", weight);
+  a.eps = eps;
+  check(sign == "zero" || sign == "copy", op, "sign must be zero or copy, got ", sign);
+  a.sign = sign == "zero" ? lookup::ZeroSign::zero : lookup::ZeroSign::copy;
+  return a;
+}
+
+Tensor engram_gate(const Tensor& hidden, const Tensor& k, const Tensor& v, const Tensor& weight,
+                   double eps, std::string sign) {
+  constexpr char op[] = "engram_gate";
+  lookup::EngramGateArgs a = gate_args(op, hidden, k, v, weight, eps, sign);
+  check_floating(op, "hidden", a.hidden);
+  Tensor out = empty_like(a.hidden);
+  a.out = view(op, "out", out);
+  lookup::engram_gate(a, OpContext(op, a.hidden.device));
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> engram_gate_backward(const Tensor& dout,
+                                                                const Tensor& hidden,
+                                                                const Tensor& k, const Tensor& v,
+                                                                const Tensor& weight, double eps,
+                                                                std::string sign) {
+  constexpr char op[] = "engram_gate_backward";
+  const lookup::EngramGateArgs a = gate_args(op, hidden, k, v, weight, eps, sign);
+  lookup::EngramGateGrads g;
+  g.dout = view(op, "dout", dout);
+  Tensor dhidden = empty_like(a.hidden), dk = empty_like(a.k), dv = empty_like(a.v);
+  Tensor dweight = empty_like(a.weight);
+  g.dhidden = view(op, "dhidden", dhidden);
+  g.dk = view(op, "dk", dk);
+  g.dv = view(op, "dv", dv);
+  g.dweight = view(op, "dweight", dweight);
+  lookup::engram_gate_backward(a, g, OpContext(op, a.hidden.device));
+  return {dhidden, dk, dv, dweight};
+}
+
+std::tuple<Tensor, Tensor> lsh_codes(const Tensor& z) {
+  constexpr char op[] = "lsh_codes";
+  lookup::LshCodesArgs a;
+  a.z = view(op, "z", z);
+  check_floating(op, "z", a.z);
+  check_shape(op, "z", a.z, "[T, tables, bits]", {-1, -1, -1});
+  Tensor codes = empty({a.z.shape[0], a.z.shape[1]}, Dtype::i32, a.z.device);
+  Tensor scores = empty({a.z.shape[0], a.z.shape[1]}, accumulator(a.z.dtype), a.z.device);
+  a.codes = view(op, "codes", codes);
+  a.scores = view(op, "scores", scores);
+  lookup::lsh_codes(a, OpContext(op, a.z.device));
+  return {codes, scores};
+}
+
+Tensor lsh_codes_backward(const Tensor& dscores, const Tensor& z) {
+  constexpr char op[] = "lsh_codes_backward";
+  lookup::LshCodesArgs a;
+  lookup::LshCodesGrads g;
+  a.z = view(op, "z", z);
+  g.dscores = view(op, "dscores", dscores);
+  Tensor dz = empty_like(a.z);
+  g.dz = view(op, "dz", dz);
+  lookup::lsh_codes_backward(a, g, OpContext(op, a.z.device));
+  return dz;
+}
+
+// ---- optimisers of rows ----
+
+lookup::RowUpdateArgs update_args(const char* op, const Tensor& param, const Tensor& rows,
+                                  const Tensor& grads, const Tensor& count, double lr) {
+  lookup::RowUpdateArgs a;
+  a.param = view(op, "param", param);
+  a.rows = view(op, "rows", rows);
+  a.grads = view(op, "grads", grads);
+  a.count = view(op, "count", count);
+  a.lr = lr;
+  return a;
+}
+
+void row_sgd(const Tensor& param, const Tensor& rows, const Tensor& grads, const Tensor& count,
+             double lr, double weight_decay) {
+  constexpr char op[] = "row_sgd";
+  lookup::RowUpdateArgs a = update_args(op, param, rows, grads, count, lr);
+  a.weight_decay = weight_decay;
+  lookup::row_update(op, a, OpContext(op, a.param.device));
+}
+
+void row_adagrad(const Tensor& param, const Tensor& sum, const Tensor& rows, const Tensor& grads,
+                 const Tensor& count, double lr, double eps) {
+  constexpr char op[] = "row_adagrad";
+  lookup::RowUpdateArgs a = update_args(op, param, rows, grads, count, lr);
+  a.optimiser = lookup::Optimiser::adagrad;
+  a.first = view(op, "sum", sum);
+  a.eps = eps;
+  lookup::row_update(op, a, OpContext(op, a.param.device));
+}
+
+void row_adam(const Tensor& param, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+              const Tensor& rows, const Tensor& grads, const Tensor& count, int64_t step, double lr,
+              double beta1, double beta2, double eps, double weight_decay) {
+  constexpr char op[] = "row_adam";
+  lookup::RowUpdateArgs a = update_args(op, param, rows, grads, count, lr);
+  a.optimiser = lookup::Optimiser::adam;
+  a.first = view(op, "exp_avg", exp_avg);
+  a.second = view(op, "exp_avg_sq", exp_avg_sq);
+  a.step = step;
+  a.beta1 = beta1;
+  a.beta2 = beta2;
+  a.eps = eps;
+  a.weight_decay = weight_decay;
+  lookup::row_update(op, a, OpContext(op, a.param.device));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MEMKERNELS_NAMESPACE, m) {
@@ -239,6 +387,14 @@ STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) {
   m.impl("embedding_bag_weights", TORCH_BOX(&embedding_bag_weights));
   m.impl("sparse_ffn", TORCH_BOX(&sparse_ffn));
   m.impl("sparse_ffn_backward", TORCH_BOX(&sparse_ffn_backward));
+  m.impl("ngram_hash", TORCH_BOX(&ngram_hash));
+  m.impl("engram_gate", TORCH_BOX(&engram_gate));
+  m.impl("engram_gate_backward", TORCH_BOX(&engram_gate_backward));
+  m.impl("lsh_codes", TORCH_BOX(&lsh_codes));
+  m.impl("lsh_codes_backward", TORCH_BOX(&lsh_codes_backward));
+  m.impl("row_sgd", TORCH_BOX(&row_sgd));
+  m.impl("row_adagrad", TORCH_BOX(&row_adagrad));
+  m.impl("row_adam", TORCH_BOX(&row_adam));
 }
 
 }  // namespace memkernels::binding

@@ -173,7 +173,14 @@ MK_INLINE Vec<Acc<T>> load_ordered(const T* p) {
   if constexpr (__is_same(T, bf16)) {
     Halves bits;
     memcpy(&bits, p, sizeof(bits));
-    return bit_cast<Vec<float>>(__builtin_convertvector(bits, VecU32) << 16);
+#if defined(__AVX512F__)  // GCC widens by halves
+    const VecU32 words = bit_cast<VecU32>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(bits)));
+#elif defined(__AVX2__)
+    const VecU32 words = bit_cast<VecU32>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(bits)));
+#else
+    const VecU32 words = __builtin_convertvector(bits, VecU32);
+#endif
+    return bit_cast<Vec<float>>(words << 16);
   } else if constexpr (__is_same(T, f16)) {
 #if defined(__AVX512F__)
     __m256i bits;
