@@ -13,7 +13,7 @@ from lookup_cases import FP8, backward_case, bag_case, poison_unread, wide
 from memkernels import reference
 from test_attention import DTYPES
 from test_embedding_bag import FLAT, bag_sizes
-from test_selection import INDEX_DTYPES
+from test_selection import ALONE, INDEX_DTYPES
 from tolerance import assert_same_bits, unchanged
 
 BAGS = pytest.mark.parametrize("bags", [(6, 5), FLAT], ids=["equal", "flat"])
@@ -170,6 +170,12 @@ def test_against_autograd_through_the_fallback(bags, factors, dtype):
     for dim, popular in (37, False), (64, True):
         sizes = {"factors": factors, "popular": popular, "dtype": dtype}
         check_gradients(memkernels, "embedding_bag", bag_case(bags, 40, dim, **sizes))
+
+
+@pytest.mark.full
+@at_random(sizes=bag_sizes())
+def test_gradients_at_random(sizes):
+    check_gradients(memkernels, "embedding_bag", bag_case(**sizes), slack=ALONE)
 
 
 @pytest.mark.parametrize("factors", [None, "same"])

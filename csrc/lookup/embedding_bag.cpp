@@ -130,21 +130,21 @@ void embedding_bag_backward(const char* op, const EmbeddingBagGrads& a, int64_t 
 void embedding_bag_weights(const EmbeddingBagWeightsArgs& a, const Context& ctx) {
   constexpr char op[] = "embedding_bag_weights";
   check_weight(op, a.weight);
-  check_bags(op, "input", "per_sample_weights", a.bags, a.weight.device, a.weight.dtype);
+  check_scales(op, a.scales, a.weight);
+  const Dtype dtype = given(a.scales) ? Dtype::f32 : a.weight.dtype;
+  check_bags(op, "input", "per_sample_weights", a.bags, a.weight.device, dtype);
   check_grad(op, a.grad, a.bags);
-  check_dtype(op, "grad", a.grad, a.weight.dtype);
+  check_dtype(op, "grad", a.grad, dtype);
   const int64_t dim = a.weight.shape[1];
   check_shape(op, "grad", a.grad, "[T, D]", {-1, dim});
-  const OwnedLists lists =
-      make_lists(op, "input", a.bags, a.weight.shape[0], accumulator(a.weight.dtype));
+  const OwnedLists lists = make_lists(op, "input", a.bags, a.weight.shape[0], accumulator(dtype));
   const int workers = workers_for(ctx, static_cast<double>(numel(a.bags.input)) * dim);
   const auto cuts = cut_lists(lists, dim, workers, true);
-  const Dtype dtype = a.weight.dtype;
-  const ProductKernel kernel = MEMKERNELS_CPU(isa_for(dtype), multiply_rows_kernel)(dtype);
+  const ProductKernel kernel = MEMKERNELS_CPU(isa_for(dtype), multiply_rows_kernel)(a.weight.dtype);
   const size_t scratch_bytes = align_up(kernel.scratch_bytes(dim));
   const Workspace workspace = allocate_workspace(workers * scratch_bytes);
   char* scratch = static_cast<char*>(workspace.get());
-  const ProductArgs args{lists, a.grad, a.weight, a.out.data};
+  const ProductArgs args{lists, a.grad, a.weight, a.scales, a.out.data};
   run_tasks(ctx, workers, static_cast<int64_t>(cuts.size()), [&](int64_t i, int worker) {
     kernel.run(args, cuts[i], scratch + worker * scratch_bytes);
   });

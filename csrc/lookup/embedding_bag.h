@@ -43,6 +43,7 @@ struct EmbeddingBagWeightsArgs {
   Bags bags;          // without factors
   TensorView grad;    // [T, D]
   TensorView weight;  // [N, D]
+  TensorView scales;  // [N, D / block] of a quantised weight
   TensorView out;     // the shape of input, contiguous, written
 };
 
@@ -68,9 +69,10 @@ struct SumKernel {
 // out[e] = x[i] . table row, for every entry e of list i; 0 for -1.
 struct ProductArgs {
   Lists lists;
-  TensorView x;      // [lists, D]
-  TensorView table;  // [N, D]
-  void* out;         // [entries] accumulators
+  TensorView x;       // [lists, D], dtype of table, or float32 beside a quantised one
+  TensorView table;   // [N, D]
+  TensorView scales;  // [N, D / block], or absent
+  void* out;          // [entries] accumulators
 };
 
 struct ProductKernel {

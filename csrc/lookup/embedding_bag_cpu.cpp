@@ -44,22 +44,47 @@ MK_INLINE void add_quantised(const R* row, int64_t columns, const TensorView& sc
   }
 }
 
+// x . (scales * row)
 template <class R>
-void sum_quantised(const SumArgs& args, int64_t list, const Table<R>& table, float* sums) {
-  for (int64_t c = 0; c < table.columns; c += kLanes<float>) store(sums + c, Vec<float>{});
-  const char* const scales = static_cast<const char*>(args.scales.data);
-  const int64_t scale_stride =
-      args.scales.stride[0] * (args.scales.dtype == Dtype::f32 ? sizeof(float) : 1);
-  for_groups(args.lists, list, table.ahead(),
+MK_INLINE float multiply_quantised(const R* row, int64_t columns, const TensorView& scales,
+                                   int64_t index, const float* x) {
+  constexpr int W = kLanes<float>;
+  const int64_t blocks = scales.shape[1], block = columns / blocks;
+  Vec<float> sums{};
+  for (int64_t b = 0; b < blocks; ++b, row += block, x += block) {
+    const float scale = scale_of(scales, index, b);
+    int64_t c = 0;
+    for (; c + W <= block; c += W) sums += scale * load(x + c) * load_elements(row + c);
+    if (c < block) sums += scale * load_some(x + c, block - c) * load_some(row + c, block - c);
+  }
+  return sum<float>(sums);
+}
+
+// Calls body(place, index, row) for the entries of a list that are not -1, in order.
+template <class R, class Body>
+MK_INLINE void for_quantised(const Lists& lists, int64_t list, const Table<R>& table,
+                             const TensorView& scales, const Body& body) {
+  const char* const first_scale = static_cast<const char*>(scales.data);
+  const int64_t scale_bytes = scales.stride[0] * (scales.dtype == Dtype::f32 ? sizeof(float) : 1);
+  for_groups(lists, list, table.ahead(),
              [&](auto group, auto* places, auto* rows, auto* next) __attribute__((always_inline)) {
                for (int g = 0; g < decltype(group)::value; ++g) {
                  const R* later = table.row(next[g]);
                  for (int64_t c = 0; c < table.columns; c += kLine) __builtin_prefetch(later + c);
-                 __builtin_prefetch(scales + next[g] * scale_stride);
-                 add_quantised(table.row(rows[g]), table.columns, args.scales, rows[g],
-                               factor_of<float>(args.lists, places[g]), sums);
+                 __builtin_prefetch(first_scale + next[g] * scale_bytes);
+                 body(places[g], rows[g], table.row(rows[g]));
                }
              });
+}
+
+template <class R>
+void sum_quantised(const SumArgs& args, int64_t list, const Table<R>& table, float* sums) {
+  for (int64_t c = 0; c < table.columns; c += kLanes<float>) store(sums + c, Vec<float>{});
+  for_quantised(args.lists, list, table, args.scales,
+                [&](int64_t place, int64_t index, const R* row) __attribute__((always_inline)) {
+                  add_quantised(row, table.columns, args.scales, index,
+                                factor_of<float>(args.lists, place), sums);
+                });
 }
 
 template <class R>
@@ -97,9 +122,19 @@ void multiply_rows(const ProductArgs& args, const Cut& cut, void* scratch) {
   using A = Acc<R>;
   const Table<R> table(args.table, 0, args.table.shape[1]);
   A* x = static_cast<A*>(scratch);
+  A* out = static_cast<A*>(args.out);
   for (int64_t list = cut.begin; list < cut.end; ++list) {
-    read_row<R>(args.x, list, x);
-    multiply_list(args.lists, list, table, x, static_cast<A*>(args.out));
+    if constexpr (kQuantised<R>) {
+      read_row<float>(args.x, list, x);
+      for (int64_t i = args.lists.starts[list]; i < args.lists.starts[list + 1]; ++i) out[i] = 0;
+      for_quantised(args.lists, list, table, args.scales,
+                    [&](int64_t place, int64_t index, const R* row) __attribute__((always_inline)) {
+                      out[place] = multiply_quantised(row, table.columns, args.scales, index, x);
+                    });
+    } else {
+      read_row<R>(args.x, list, x);
+      multiply_list(args.lists, list, table, x, out);
+    }
   }
 }
 
@@ -142,6 +177,10 @@ ProductKernel multiply_rows_kernel(Dtype table) {
       return product_kernel<bf16>();
     case Dtype::f16:
       return product_kernel<f16>();
+    case Dtype::i8:
+      return product_kernel<int8_t>();
+    case Dtype::e4m3:
+      return product_kernel<e4m3>();
 #if defined(MEMKERNELS_BASELINE)
     case Dtype::f64:
       return product_kernel<double>();

@@ -392,7 +392,7 @@ def _(grad, input, offsets, per_sample_weights, *, num_embeddings):
 
 
 @_fake("embedding_bag_weights")
-def _(grad, input, weight, offsets):
+def _(grad, input, weight, offsets, scales):
     return grad.new_empty(input.shape, dtype=_lse_dtype(grad.dtype))
 
 
@@ -466,12 +466,16 @@ def _product_key_gradient(ctx, dscores, _):
 
 
 def _bag_context(ctx, inputs, keyword_only_inputs, output):
-    ctx.save_for_backward(*inputs[:-1])
+    if inputs[-1] is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[4]):
+        raise RuntimeError(
+            "embedding_bag: a quantised weight and its scales are not differentiable"
+        )
+    ctx.save_for_backward(*inputs)
     ctx.sparse = keyword_only_inputs["sparse"]
 
 
 def _bag_backward(ctx, grad):
-    input, weight, offsets, per_sample_weights = ctx.saved_tensors
+    input, weight, offsets, per_sample_weights, scales = ctx.saved_tensors
     dweight = dfactors = None
     if ctx.needs_input_grad[1]:
         tensors = grad.contiguous(), input, offsets, per_sample_weights
@@ -488,7 +492,7 @@ def _bag_backward(ctx, grad):
         else:
             dweight = _embedding_bag_dense(*tensors, num_embeddings=len(weight))
     if ctx.needs_input_grad[3]:
-        dfactors = _embedding_bag_weights(grad.contiguous(), input, weight, offsets)
+        dfactors = _embedding_bag_weights(grad.contiguous(), input, weight, offsets, scales)
         dfactors = dfactors.to(per_sample_weights.dtype)
     return None, dweight, None, dfactors, None
 

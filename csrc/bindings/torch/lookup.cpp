@@ -115,12 +115,13 @@ void embedding_bag_accumulate(const Tensor& out, const Tensor& grad, const Tenso
 }
 
 Tensor embedding_bag_weights(const Tensor& grad, const Tensor& input, const Tensor& weight,
-                             const OptionalTensor& offsets) {
+                             const OptionalTensor& offsets, const OptionalTensor& scales) {
   constexpr char op[] = "embedding_bag_weights";
   lookup::EmbeddingBagWeightsArgs a;
   a.bags = bags(op, input, offsets, std::nullopt);
   a.grad = view(op, "grad", grad);
   a.weight = view(op, "weight", weight);
+  a.scales = view(op, "scales", scales);
   TensorView like = a.bags.input;
   like.dtype = accumulator(a.weight.dtype);
   Tensor out = empty_like(like);
@@ -346,7 +347,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MEMKERNELS_NAMESPACE, m) {
       "embedding_bag_accumulate(Tensor(a!) out, Tensor grad, Tensor input, Tensor? offsets, "
       "Tensor? per_sample_weights) -> ()");
   m.def(
-      "embedding_bag_weights(Tensor grad, Tensor input, Tensor weight, Tensor? offsets) -> Tensor");
+      "embedding_bag_weights(Tensor grad, Tensor input, Tensor weight, Tensor? offsets, Tensor? "
+      "scales) -> Tensor");
   m.def(
       "row_sgd(Tensor(a!) param, Tensor rows, Tensor grads, Tensor count, *, float lr, "
       "float weight_decay=0.0) -> ()");
