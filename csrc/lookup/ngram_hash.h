@@ -29,7 +29,7 @@ struct HashHeads {
   // Two steps: by a multiple of the modulus, and, if some modulus is small, by itself.
   uint64_t multiple[kHeads], modulus[kHeads], offset[kHeads];
   double multiple_inverse[kHeads], modulus_inverse[kHeads];
-  bool small;
+  bool small, wide;  // some modulus is
   int64_t order, count;
 };
 
