@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 from types import SimpleNamespace
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # More threads than cores must not spin while they wait. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import pytest

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import importlib.util
 import os
@@ -45,9 +46,12 @@ def build(source: Path, name: str, *options: str) -> Path:
     folder = root / name
     configure = ["cmake", "-G", "Ninja", "-S", str(source), "-B", str(folder)]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", *options]
-    for command in configure, ["cmake", "--build", str(folder)]:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # against other processes of a parallel run
+        for command in configure, ["cmake", "--build", str(folder)]:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return folder
 
 

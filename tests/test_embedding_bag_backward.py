@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import memkernels
 from cases import arrays
 from checks import at_random, check, check_error, check_gradients, gradients, outcome, put, upstream
-from lookup_cases import FP8, backward_case, bag_case, poison_unread, wide
+from lookup_cases import FP8, backward_case, bag_case, poison_unread, quantised_case, wide
 from memkernels import reference
 from test_attention import DTYPES
 from test_embedding_bag import FLAT, bag_sizes
@@ -322,15 +322,18 @@ def test_quantised_tables_have_no_gradient(lookup_ops, name):
         lookup_ops.embedding_bag(**arguments)
 
 
-def test_factors_of_a_quantised_table_have_a_gradient(lookup_ops):
-    """Or are refused; above all they do not get none."""
-    weight, scales = torch.arange(24).view(4, 6).to(torch.int8), torch.full((4, 1), 0.5)
-    input, factors = torch.tensor([[0, 3, -1]]), torch.ones(1, 3, requires_grad=True)
-    try:
-        out = lookup_ops.embedding_bag(input, weight, per_sample_weights=factors, scales=scales)
-    except RuntimeError as error:
-        assert "not differentiable" in str(error)
-        return
-    out.sum().backward()
-    expected = torch.tensor([[weight[0].sum() / 2, weight[3].sum() / 2, 0]])
-    torch.testing.assert_close(factors.grad, expected)
+@pytest.mark.parametrize("stored", [torch.int8, FP8])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.uint8])
+def test_factors_of_a_quantised_table_have_a_gradient(lookup_ops, stored, scale_dtype):
+    options = {"block": 8, "stored": stored, "scale_dtype": scale_dtype, "factors": "same"}
+    for bags in (6, 5), FLAT:
+        arguments = quantised_case(bags, 20, 40, **options)
+        scales = arguments["scales"]
+        if scale_dtype == torch.uint8:
+            scales = 2.0 ** (scales.float() - 127)
+        weight = arguments["weight"].float() * scales.repeat_interleave(8, 1)
+        plain = arguments | {"weight": weight, "scales": None}
+        name = ["per_sample_weights"]
+        expected = gradients(lookup_ops.embedding_bag, plain, name)
+        actual = gradients(lookup_ops.embedding_bag, arguments, name)
+        torch.testing.assert_close(actual, expected)

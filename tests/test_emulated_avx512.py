@@ -26,6 +26,11 @@ TESTS = (
     "test_select_evict.py",
     "test_colstats.py",
     "test_knn_indexer.py",
+    "test_embedding_bag.py",
+    "test_embedding_bag_backward.py",
+    "test_engram.py",
+    "test_product_keys.py",
+    "test_row_updates.py",
 )
 # What does not run the kernels, or measures them.
 EXCLUDED = ("fallback", "every_isa", "compile", "export", "opcheck", "saves_time")
