@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import memkernels
+from memkernels.nn.tables import empty_table
 
 
 class Engram(nn.Module):
@@ -128,7 +129,7 @@ class Engram(nn.Module):
 
         rows = int(moduli.sum())
         if weight is None:
-            weight = nn.Parameter(torch.empty(rows, head_dim, **like))
+            weight = nn.Parameter(empty_table(rows, head_dim, **like))
             nn.init.normal_(weight)
         ok = weight.ndim == 2 and len(weight) >= rows and weight.shape[1] == head_dim
         got = list(weight.shape)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import memkernels
+from memkernels.nn.tables import empty_table
 from memkernels.nn._page_pool import PagePool, content_keys
 
 Place = tuple[int, int]  # row and column of the page table
@@ -124,9 +125,7 @@ class PagedKVCache:
 
         def cache(dim: int) -> Tensor:
             inner = (page_size, num_kv_heads) if layout == "NHD" else (num_kv_heads, page_size)
-            data = torch.empty(num_layers, num_pages, *inner, dim, dtype=dtype, device=device)
-            if data.is_cpu:  # random pages cost fewer address translations
-                torch.ops.memkernels._advise_huge_pages(data)
+            data = empty_table(num_layers, num_pages, *inner, dim, dtype=dtype, device=device)
             return data if layout == "NHD" else data.transpose(2, 3)
 
         self.k = cache(head_dim)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import memkernels
 from memkernels.nn._product_keys import ProductKeys
+from memkernels.nn.tables import empty_table
 
 
 class PEER(ProductKeys):
@@ -62,9 +63,9 @@ class PEER(ProductKeys):
         super().__init__(dim, num_keys, heads, k, key_dim, norm, bias, dtype, device)
         self._activation = activation
         like = {"dtype": dtype, "device": device}
-        self.up = nn.Parameter(torch.empty(num_keys**2, dim, **like))
+        self.up = nn.Parameter(empty_table(num_keys**2, dim, **like))
         dim_out = dim if dim_out is None else dim_out
-        self.down = nn.Parameter(torch.empty(num_keys**2, dim_out, **like))
+        self.down = nn.Parameter(empty_table(num_keys**2, dim_out, **like))
         nn.init.normal_(self.up, std=dim**-0.5)
         nn.init.normal_(self.down, std=dim_out**-0.5)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import memkernels
 from memkernels.nn._product_keys import ProductKeys
+from memkernels.nn.tables import empty_table
 
 
 class ProductKeyMemory(ProductKeys):
@@ -86,7 +87,7 @@ class ProductKeyMemory(ProductKeys):
         like = {"dtype": dtype, "device": device}
         shape = num_keys**2, value_dim
         if values is None:
-            values = nn.Parameter(torch.empty(shape, **like))
+            values = nn.Parameter(empty_table(*shape, **like))
             nn.init.normal_(values, std=value_dim**-0.5)
         got = list(values.shape)
         self._check(got == list(shape), f"values must be {list(shape)}, got {got}")

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import memkernels
+from memkernels.nn.tables import empty_table
 
 
 class _RowOptimizer(Optimizer):
@@ -100,7 +101,7 @@ class RowAdagrad(_RowOptimizer):
     def _step(self, group, param, state, rows, grads, count):
         if not state:
             shape = param.shape[:1] if group["rowwise"] else param.shape
-            state["sum"] = param.new_zeros(shape, dtype=grads.dtype)
+            state["sum"] = empty_table(*shape, dtype=grads.dtype, device=param.device).zero_()
         options = {name: group[name] for name in ("lr", "eps")}
         memkernels.row_adagrad(param, state["sum"], rows, grads, count, **options)
 
@@ -139,7 +140,7 @@ class RowAdam(_RowOptimizer):
             dtype = group["state_dtype"] or grads.dtype
             state["step"] = 0
             for name in "exp_avg", "exp_avg_sq":
-                state[name] = torch.zeros_like(param, dtype=dtype)
+                state[name] = empty_table(*param.shape, dtype=dtype, device=param.device).zero_()
         state["step"] += 1
         options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
         moments = state["exp_avg"], state["exp_avg_sq"]

@@ -1,4 +1,4 @@
-"""Tables that stay on disk."""
+"""Tables in memory, and tables that stay on disk."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def empty_table(*shape: int, **like) -> Tensor:
+    """``torch.empty``, on the CPU in huge pages if it is large: rows that lie anywhere are then
+    found without a walk through the page table each."""
+    table = torch.empty(shape, **like)
+    if table.is_cpu:
+        torch.ops.memkernels._advise_huge_pages(table)
+    return table
+
 
 # Else the system may refuse a private view of a file larger than its memory.
 _MAP_NORESERVE = 0x4000
