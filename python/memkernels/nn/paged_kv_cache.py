@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import memkernels
-from memkernels.nn.tables import empty_table
 from memkernels.nn._page_pool import PagePool, content_keys
+from memkernels.nn.tables import empty_table
 
 Place = tuple[int, int]  # row and column of the page table
 
