@@ -312,7 +312,11 @@ def test_no_graph_without_need(example):
 
 
 @pytest.mark.parametrize(
-    "example", ["rows_of_a_gradient", "accumulated_gradient", "row_sgd", "row_adagrad", "row_adam"]
+    "example",
+    [
+        *DIFFERENTIABLE,
+        *("rows_of_a_gradient", "accumulated_gradient", "row_sgd", "row_adagrad", "row_adam"),
+    ],
 )
 def test_tangents_are_never_lost(example):
     op, arguments = arguments_of(example)

@@ -41,13 +41,18 @@ OPCHECKS = {
     "row_adagrad": lambda: internal("row_adagrad", eps=1e-8),
     "row_adam": lambda: internal("row_adam", beta1=0.9, beta2=0.99, eps=1e-8),
     "engram_gate_backward": lambda: internal(
-        "engram_gate", "engram_gate_backward", dout=torch.randn(3, 4, 5), eps=1e-6, sign="zero"
+        "engram_gate",
+        "engram_gate_backward",
+        dout=torch.randn(3, 4, 5),
+        needs=15,
+        eps=1e-6,
+        sign="zero",
     ),
     "lsh_codes_backward": lambda: internal(
         "lsh_codes", "lsh_codes_backward", dscores=torch.randn(3, 16)
     ),
     "sparse_ffn_backward": lambda: internal(
-        "sparse_ffn", "sparse_ffn_backward", dy=torch.randn(3, 8)
+        "sparse_ffn", "sparse_ffn_backward", dy=torch.randn(3, 8), needs=31
     ),
 }
 

@@ -111,4 +111,25 @@ void check_contiguous(const char* op, const char* arg, const TensorView& t) {
   }
 }
 
+namespace {
+
+struct Span {
+  const char *begin, *end;
+  explicit Span(const TensorView& t) : begin(static_cast<const char*>(t.data)), end(begin) {
+    if (!given(t) || numel(t) == 0) return;
+    int64_t last = 0;
+    for (int i = 0; i < t.ndim; ++i) last += (t.shape[i] - 1) * t.stride[i];
+    end += (last + 1) * item_size(t.dtype);
+  }
+};
+
+}  // namespace
+
+void check_apart(const char* op, const char* arg, const TensorView& t, const char* other_arg,
+                 const TensorView& other) {
+  const Span a(t), b(other);
+  check(a.begin == a.end || b.begin == b.end || a.end <= b.begin || b.end <= a.begin, op, arg,
+        " overlaps ", other_arg);
+}
+
 }  // namespace memkernels

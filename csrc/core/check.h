@@ -57,6 +57,9 @@ void check_companion(const char* op, const char* arg, const TensorView& t, Dtype
 void check_device(const char* op, const char* arg, const TensorView& t, Device expected);
 void check_rows_contiguous(const char* op, const char* arg, const TensorView& t);
 void check_contiguous(const char* op, const char* arg, const TensorView& t);
+// That `arg`, which is written, has no memory in common with another argument.
+void check_apart(const char* op, const char* arg, const TensorView& t, const char* other_arg,
+                 const TensorView& other);
 
 // An element of an integer tensor at an offset (in elements, strides applied).
 inline int64_t index_at(const TensorView& t, int64_t offset) {

@@ -30,6 +30,7 @@ void advise_huge_pages(void* data, size_t bytes) {
 }
 
 void zero_lazily(void* data, size_t bytes) {
+  if (bytes == 0) return;
 #if defined(__linux__)
   constexpr size_t kThreshold = size_t{32} << 20;
   constexpr uintptr_t kPage = 65536;  // at least that of any system

@@ -10,18 +10,19 @@ namespace memkernels::lookup {
 
 namespace {
 
-OwnedLists allocate(int64_t count, int64_t entries, bool factors, Dtype accumulator,
-                    int64_t** starts, int64_t** rows, void** values) {
+OwnedLists allocate(const char* op, int64_t count, int64_t entries, Dtype accumulator,
+                    int64_t** starts, int64_t** rows, void** factors) {
+  constexpr int64_t kMost = int64_t{1} << 48;  // far beyond any memory, far from overflow
+  check(count < kMost && entries < kMost, op, entries, " indices in ", count, " bags are too many");
   const size_t start_bytes = align_up((count + 1) * sizeof(int64_t));
   const size_t row_bytes = align_up(entries * sizeof(int64_t));
   OwnedLists lists;
-  lists.memory = allocate_workspace(start_bytes + row_bytes +
-                                    (factors ? entries * item_size(accumulator) : 0));
+  lists.memory = allocate_workspace(start_bytes + row_bytes + entries * item_size(accumulator));
   char* base = static_cast<char*>(lists.memory.get());
   lists.count = count;
   lists.starts = *starts = reinterpret_cast<int64_t*>(base);
   lists.rows = *rows = reinterpret_cast<int64_t*>(base + start_bytes);
-  lists.factors = *values = factors ? base + start_bytes + row_bytes : nullptr;
+  lists.factors = *factors = base + start_bytes + row_bytes;
   return lists;
 }
 
@@ -87,8 +88,7 @@ OwnedLists make_lists(const char* op, const char* input, const Bags& bags, int64
   const bool flat = given(bags.offsets);
   int64_t *starts, *rows;
   void* factors;
-  OwnedLists lists =
-      allocate(count, entries, given(bags.factors), accumulator, &starts, &rows, &factors);
+  OwnedLists lists = allocate(op, count, entries, accumulator, &starts, &rows, &factors);
 
   const int64_t width = flat ? entries : index.shape[1];
   for (int64_t t = 0; t < count; ++t) {
@@ -101,18 +101,19 @@ OwnedLists make_lists(const char* op, const char* input, const Bags& bags, int64
 
   const int64_t outer = flat ? 1 : index.shape[0];
   const int64_t stride = index.stride[index.ndim - 1];
-  uint64_t out_of_range = 0;
+  bool out_of_range = false;
   for (int64_t t = 0; t < outer; ++t) {
     const int64_t base = flat ? 0 : t * index.stride[0];
     int64_t* to = rows + t * width;
+    const auto copy = [&](const auto* from, int64_t step) {
+      for (int64_t j = 0; j < width; ++j) to[j] = from[j * step];
+    };
     const auto read = [&](const auto* from) {
-      for (int64_t j = 0; j < width; ++j) {
-        to[j] = from[base + j * stride];
-        out_of_range |= static_cast<uint64_t>(to[j] + 1) > static_cast<uint64_t>(num_rows);
-      }
+      stride == 1 ? copy(from + base, 1) : copy(from + base, stride);
     };
     index.dtype == Dtype::i64 ? read(static_cast<const int64_t*>(index.data))
                               : read(static_cast<const int32_t*>(index.data));
+    for (int64_t j = 0; j < width; ++j) out_of_range |= (to[j] < -1) | (to[j] >= num_rows);
   }
   for (int64_t i = 0; out_of_range && i < entries; ++i) {
     if (rows[i] >= -1 && rows[i] < num_rows) continue;
@@ -121,7 +122,8 @@ OwnedLists make_lists(const char* op, const char* input, const Bags& bags, int64
          flat ? Sizes{&i, 1} : Sizes{place, 2});
   }
 
-  if (factors == nullptr) return lists;
+  if (!given(bags.factors)) fill_scalars(factors, accumulator, 0, entries, 1);
+  if (!given(bags.factors) || entries == 0) return lists;
   const TensorView& f = bags.factors;
   const int64_t size = item_size(accumulator), factor_stride = f.stride[f.ndim - 1];
   for (int64_t t = 0; t < outer; ++t) {
@@ -138,12 +140,12 @@ OwnedLists make_lists(const char* op, const char* input, const Bags& bags, int64
   return lists;
 }
 
-Readers invert(const Lists& lists, int64_t num_rows, Dtype accumulator) {
+Readers invert(const char* op, const Lists& lists, int64_t num_rows, Dtype accumulator) {
   const int64_t entries = lists.starts[lists.count];
   const int place_bits = bits_for(entries), row_bits = bits_for(num_rows);
-  check(place_bits + row_bits <= 64, "embedding_bag", entries, " indices into ", num_rows,
+  check(place_bits + row_bits <= 64, op, entries, " indices into ", num_rows,
         " rows are more than can be sorted");
-  const Workspace memory = allocate_workspace((2 * entries + entries) * sizeof(uint64_t));
+  const Workspace memory = allocate_workspace(3 * entries * sizeof(uint64_t));
   uint64_t* keys = static_cast<uint64_t*>(memory.get());
   int64_t* bag_of = reinterpret_cast<int64_t*>(keys + 2 * entries);
   int64_t n = 0;
@@ -163,8 +165,7 @@ Readers invert(const Lists& lists, int64_t num_rows, Dtype accumulator) {
   Readers readers;
   int64_t *starts, *bags;
   void* factors;
-  readers.lists =
-      allocate(count, n, lists.factors != nullptr, accumulator, &starts, &bags, &factors);
+  readers.lists = allocate(op, count, n, accumulator, &starts, &bags, &factors);
   readers.rows.reserve(count);
   const uint64_t place_mask = (uint64_t{1} << place_bits) - 1;
   const auto fill = [&](auto zero) {
@@ -177,9 +178,7 @@ Readers invert(const Lists& lists, int64_t num_rows, Dtype accumulator) {
       }
       const int64_t place = static_cast<int64_t>(sorted[i] & place_mask);
       bags[i] = bag_of[place];
-      if (factors != nullptr) {
-        static_cast<A*>(factors)[i] = static_cast<const A*>(lists.factors)[place];
-      }
+      static_cast<A*>(factors)[i] = static_cast<const A*>(lists.factors)[place];
     }
   };
   accumulator == Dtype::f64 ? fill(double{}) : fill(float{});

@@ -29,7 +29,7 @@ struct Readers {
   OwnedLists lists;
   std::vector<int64_t> rows;  // [lists.count]
 };
-Readers invert(const Lists& lists, int64_t num_rows, Dtype accumulator);
+Readers invert(const char* op, const Lists& lists, int64_t num_rows, Dtype accumulator);
 
 // Cuts of about the same size, several for each worker. A long list is cut along its columns, which
 // changes no sum; `whole_rows`: never.

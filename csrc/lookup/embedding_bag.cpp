@@ -52,7 +52,8 @@ void check_grad(const char* op, const TensorView& grad, const Bags& bags) {
 Isa isa_for(Dtype dtype) { return dtype == Dtype::f64 ? Isa::baseline : cpu_isa(); }
 
 void sum(const SumArgs& args, const Context& ctx) {
-  const int64_t dim = args.table.shape[1], entries = args.lists.starts[args.lists.count];
+  const int64_t dim = args.table.shape[1],
+                entries = args.lists.starts[args.lists.count] - args.lists.starts[0];
   const int workers = workers_for(ctx, static_cast<double>(entries + args.lists.count) * dim);
   const auto cuts = cut_lists(args.lists, dim, workers, given(args.scales));
   const SumKernel kernel =
@@ -106,10 +107,13 @@ void embedding_bag_backward(const char* op, const EmbeddingBagGrads& a, int64_t 
     check_device(op, "out", a.dense, a.grad.device);
     check_rows_contiguous(op, "out", a.dense);
     check(num_embeddings < 2 || a.dense.stride[0] >= dim, op, "out has rows that overlap");
+    check_apart(op, "out", a.dense, "grad", a.grad);
+    check_apart(op, "out", a.dense, "input", a.bags.input);
+    check_apart(op, "out", a.dense, "per_sample_weights", a.bags.factors);
   }
   const Dtype sums = accumulator(a.grad.dtype);
   const OwnedLists lists = make_lists(op, "input", a.bags, num_embeddings, sums);
-  const Readers readers = invert(lists, num_embeddings, sums);
+  const Readers readers = invert(op, lists, num_embeddings, sums);
   const int64_t found = static_cast<int64_t>(readers.rows.size());
   const bool listed = given(a.rows);
   const TensorView& out = listed ? a.grads : a.dense;

@@ -66,7 +66,7 @@ MK_INLINE void for_quantised(const Lists& lists, int64_t list, const Table<R>& t
                              const TensorView& scales, const Body& body) {
   const char* const first_scale = static_cast<const char*>(scales.data);
   const int64_t scale_bytes = scales.stride[0] * (scales.dtype == Dtype::f32 ? sizeof(float) : 1);
-  for_groups(lists, list, table.ahead(),
+  for_groups(lists, list, table.product_ahead,
              [&](auto group, auto* places, auto* rows, auto* next) __attribute__((always_inline)) {
                for (int g = 0; g < decltype(group)::value; ++g) {
                  const R* later = table.row(next[g]);
@@ -77,43 +77,44 @@ MK_INLINE void for_quantised(const Lists& lists, int64_t list, const Table<R>& t
              });
 }
 
-template <class R>
-void sum_quantised(const SumArgs& args, int64_t list, const Table<R>& table, float* sums) {
-  for (int64_t c = 0; c < table.columns; c += kLanes<float>) store(sums + c, Vec<float>{});
+template <class R, class Write>
+void sum_quantised(const SumArgs& args, int64_t list, const Table<R>& table, float* sums,
+                   const Write& write) {
+  constexpr int W = kLanes<float>;
+  const float* factors = static_cast<const float*>(args.lists.factors);
+  for (int64_t c = 0; c < table.columns; c += W) store(sums + c, Vec<float>{});
   for_quantised(args.lists, list, table, args.scales,
                 [&](int64_t place, int64_t index, const R* row) __attribute__((always_inline)) {
-                  add_quantised(row, table.columns, args.scales, index,
-                                factor_of<float>(args.lists, place), sums);
+                  add_quantised(row, table.columns, args.scales, index, factors[place], sums);
                 });
+  for (int64_t c = 0; c < table.columns; c += W) write(c, table.columns - c, load(sums + c));
 }
 
 template <class R>
 void sum_rows(const SumArgs& args, const Cut& cut, void* scratch) {
   using A = Acc<R>;
   const Table<R> table(args.table, cut.column, cut.columns);
-  A* sums = static_cast<A*>(scratch);
-  const auto write = [&](auto* out) {
+  const auto sum_into = [&](auto* out) {
     for (int64_t list = cut.begin; list < cut.end; ++list) {
-      if constexpr (kQuantised<R>) {
-        sum_quantised(args, list, table, sums);
-      } else {
-        sum_list(
-            args.lists, list, table, [&](int64_t i) { return factor_of<A>(args.lists, i); }, sums);
-      }
       const int64_t row = args.out_rows == nullptr ? list : args.out_rows[list];
-      auto* to = out + row * args.out.stride[0] + cut.column;
-      for (int64_t c = 0; c < cut.columns && args.accumulate; c += kLanes<A>) {
-        store(sums + c, load(sums + c) + load_some(to + c, cut.columns - c));
+      auto* const to = out + row * args.out.stride[0] + cut.column;
+      const auto write = [&](int64_t c, int64_t left, Vec<A> sums) __attribute__((always_inline)) {
+        if (args.accumulate) sums += load_some(to + c, left);
+        store_some(to + c, left, sums);
+      };
+      if constexpr (kQuantised<R>) {
+        sum_quantised(args, list, table, static_cast<float*>(scratch), write);
+      } else {
+        sum_list(args.lists, list, table, static_cast<const A*>(args.lists.factors), write);
       }
-      write_row(sums, cut.columns, to);
     }
   };
   if constexpr (kQuantised<R>) {
-    write(static_cast<float*>(args.out.data));
+    sum_into(static_cast<float*>(args.out.data));
   } else if (args.out.dtype == args.table.dtype) {
-    write(static_cast<R*>(args.out.data));
+    sum_into(static_cast<R*>(args.out.data));
   } else {
-    write(static_cast<A*>(args.out.data));
+    sum_into(static_cast<A*>(args.out.data));
   }
 }
 

@@ -21,10 +21,11 @@ struct EngramGateArgs {
 void engram_gate(const EngramGateArgs& args, const Context& ctx);
 
 struct EngramGateGrads {
-  TensorView dout;         // [T, C, D]
-  TensorView dhidden, dk;  // [T, C, D], contiguous
-  TensorView dv;           // [T, D], contiguous
-  TensorView dweight;      // [C, D], contiguous
+  TensorView dout;  // [T, C, D]
+  // Written, contiguous; or absent.
+  TensorView dhidden, dk;  // [T, C, D]
+  TensorView dv;           // [T, D]
+  TensorView dweight;      // [C, D]
 };
 
 void engram_gate_backward(const EngramGateArgs& args, const EngramGateGrads& grads,

@@ -89,8 +89,10 @@ struct Gate {
     const int64_t channels = a.hidden.shape[1], dim = a.hidden.shape[2];
     A* dweight = static_cast<A*>(part);
     A* dv = static_cast<A*>(scratch);
-    T* dhidden = static_cast<T*>(g.dhidden.data) + begin * channels * dim;
-    T* dk = static_cast<T*>(g.dk.data) + begin * channels * dim;
+    const bool for_hidden = g.dhidden.data != nullptr, for_k = g.dk.data != nullptr;
+    const bool for_weight = g.dweight.data != nullptr;
+    T* dhidden = for_hidden ? static_cast<T*>(g.dhidden.data) + begin * channels * dim : nullptr;
+    T* dk = for_k ? static_cast<T*>(g.dk.data) + begin * channels * dim : nullptr;
     memset(dweight, 0, channels * dim * sizeof(A));
     for (int64_t t = begin; t < end; ++t) {
       const T* v = token_row(a.v, t);
@@ -119,11 +121,12 @@ struct Gate {
           __builtin_prefetch(next_k + i, 0, 2);
           __builtin_prefetch(next_dout + i, 0, 2);
           const Vec<A> x = vector.load(h + i), y = vector.load(k + i), z = vector.load(w + i);
-          vector.store(dhidden + i, factor * (y * z - x * along_h));
-          vector.store(dk + i, factor * (x * z - y * along_k));
-          vector.store(dw + i, vector.load(dw + i) + factor * (x * y));
+          if (for_hidden) vector.store(dhidden + i, factor * (y * z - x * along_h));
+          if (for_k) vector.store(dk + i, factor * (x * z - y * along_k));
+          if (for_weight) vector.store(dw + i, vector.load(dw + i) + factor * (x * y));
         });
       }
+      if (g.dv.data == nullptr) continue;
       T* dv_row = static_cast<T*>(g.dv.data) + t * dim;
       for_columns<A>(dim, [&](int64_t i, auto vector, int) __attribute__((always_inline)) {
         vector.store(dv_row + i, vector.load(dv + i));

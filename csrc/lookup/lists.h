@@ -10,7 +10,7 @@ struct Lists {
   int64_t count = 0;
   const int64_t* starts = nullptr;  // [count + 1]
   const int64_t* rows = nullptr;    // [starts[count]]; -1 is skipped
-  const void* factors = nullptr;    // accumulators, or null: 1
+  const void* factors = nullptr;    // [starts[count]] accumulators
 };
 
 // A part of the work on lists: some of them, and some of the columns.

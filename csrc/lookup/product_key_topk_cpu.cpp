@@ -24,9 +24,17 @@ using selection::kth_largest;
 using selection::value_of;
 
 constexpr int64_t kMost = 128;  // k
-// Pairs of ranks r1 r2 <= kMost are 632, and all may be equal. Of more scores of a half that pass a
-// bound the worst are dropped.
-constexpr int64_t kRoom = 640;
+
+constexpr int64_t num_pairs(int64_t k) {  // of ranks r1 r2 <= k
+  int64_t pairs = 0;
+  for (int64_t rank = 1; rank <= k; ++rank) pairs += k / rank;
+  return pairs;
+}
+
+// All pairs may be equal, and all of them are kept until their order is known. Of more scores of a
+// half that pass a bound the worst are dropped.
+constexpr int64_t kRoom = 704;
+static_assert(num_pairs(kMost) < kRoom);
 // Scores that are compared before any of them is picked out.
 constexpr int64_t kWord = 64;
 

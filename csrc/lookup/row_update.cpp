@@ -1,6 +1,7 @@
 #include "lookup/row_update.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "core/check.h"
@@ -82,6 +83,18 @@ void row_update(const char* op, const RowUpdateArgs& a, const Context& ctx) {
   check_shape(op, "count", a.count, "one entry", {1});
   check_index(op, "count", a.count);
   check_device(op, "count", a.count, a.param.device);
+  const bool adagrad = a.optimiser == Optimiser::adagrad;
+  const std::pair<const char*, const TensorView*> arguments[] = {
+      {"param", &a.param},       {adagrad ? "sum" : "exp_avg", &a.first},
+      {"exp_avg_sq", &a.second}, {"rows", &a.rows},
+      {"grads", &a.grads},       {"count", &a.count}};
+  constexpr int kWritten = 3;
+  for (int i = 0; i < kWritten; ++i) {
+    for (int j = i + 1; j < 6; ++j) {
+      check_apart(op, arguments[i].first, *arguments[i].second, arguments[j].first,
+                  *arguments[j].second);
+    }
+  }
   const std::vector<int64_t> rows = checked_rows(op, a);
 
   const Isa isa = a.param.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();

@@ -1,5 +1,5 @@
-// What lookups do with the rows of a table: add up those that a list names, and multiply them with
-// a vector. A row is read once, in groups of rows side by side, while later ones are asked for.
+// What lookups do with the rows of a table: add up those that a list names, some columns at a time,
+// and multiply them with a vector, some rows at a time, while later ones are asked for.
 //
 // A column's sum takes the rows in the list's order, and a product the columns in one order, so
 // that no bit depends on how work is cut or grouped.
@@ -14,8 +14,6 @@ namespace {
 
 // Rows side by side: their loads wait for memory together.
 constexpr int kGroup = 4;
-// Bytes asked for ahead of the arithmetic.
-constexpr int64_t kAheadBytes = 8192;
 constexpr int kLine = 64;
 
 struct e4m3 {
@@ -89,15 +87,17 @@ struct Table {
   const R* data;
   int64_t stride;
   int64_t columns;
+  // Rows ahead of the one that is computed with: of sums, and of products, in groups.
+  int64_t sum_ahead, product_ahead;
 
   Table(const TensorView& t, int64_t column, int64_t columns)
-      : data(static_cast<const R*>(t.data) + column), stride(t.stride[0]), columns(columns) {}
+      : data(static_cast<const R*>(t.data) + column), stride(t.stride[0]), columns(columns) {
+    const int64_t bytes = columns * static_cast<int64_t>(sizeof(R)) + kLine;
+    sum_ahead = 6 + 2048 / bytes;
+    product_ahead = kGroup + 8192 / bytes;
+  }
 
   const R* row(int64_t i) const { return data + i * stride; }
-  // Rows ahead of the one that is computed with.
-  int64_t ahead() const {
-    return kGroup + kAheadBytes / (columns * static_cast<int64_t>(sizeof(R)) + kLine);
-  }
 };
 
 template <int G, class R>
@@ -114,33 +114,6 @@ struct Group {
     for (int g = 0; g < G; ++g) __builtin_prefetch(next[g] + column);
   }
 };
-
-// sums += factors[g] * rows[g] for one g after the other.
-template <int G, class R, class A = Acc<R>>
-MK_INLINE void add_rows(const Table<R>& table, const int64_t* rows, const int64_t* next,
-                        const A* factors, A* sums) {
-  constexpr int W = kLanes<A>;
-  constexpr int kStep = kLine / static_cast<int>(sizeof(R));
-  const Group<G, R> group(table, rows, next);
-  int64_t c = 0;
-  for (; c + kStep <= table.columns; c += kStep) {
-    group.prefetch(c);
-#pragma GCC unroll 8
-    for (int v = 0; v < kStep; v += W) {
-      Vec<A> sum = load(sums + c + v);
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sum += splat(factors[g]) * load_elements(group.rows[g] + c + v);
-      store(sums + c + v, sum);
-    }
-  }
-  for (; c < table.columns; c += W) {
-    Vec<A> sum = load(sums + c);
-    for (int g = 0; g < G; ++g) {
-      sum += splat(factors[g]) * load_some(group.rows[g] + c, table.columns - c);
-    }
-    store(sums + c, sum);
-  }
-}
 
 // products[g] = x . rows[g]; x is padded with zeros to whole vectors.
 template <int G, class R, class A = Acc<R>>
@@ -188,18 +161,55 @@ MK_INLINE void for_groups(const Lists& lists, int64_t list, int64_t ahead, const
   for (int g = 0; g < found; ++g) body(Int<1>{}, places + g, rows + g, next + g);
 }
 
-// sums = sum of factor(place) * row over a list, in vectors: padded.
-template <class R, class Factor, class A = Acc<R>>
-MK_INLINE void sum_list(const Lists& lists, int64_t list, const Table<R>& table,
-                        const Factor& factor, A* sums) {
-  for (int64_t c = 0; c < table.columns; c += kLanes<A>) store(sums + c, Vec<A>{});
-  for_groups(lists, list, table.ahead(),
-             [&](auto group, auto* places, auto* rows, auto* next) __attribute__((always_inline)) {
-               constexpr int G = decltype(group)::value;
-               A factors[G];
-               for (int g = 0; g < G; ++g) factors[g] = factor(places[g]);
-               add_rows<G>(table, rows, next, factors, sums);
-             });
+// Vectors of sums that stay in registers while the rows of a list go by.
+constexpr int kSums = kRegisters == 32 ? 24 : 12;
+
+// write(column, left, sums) for V vectors from `column` on of the sum of factors[place] * row over
+// a list; of the last vector `left` elements exist.
+template <int V, class R, class Write, class A = Acc<R>>
+MK_INLINE void sum_block(const Lists& lists, int64_t list, const Table<R>& table, const A* factors,
+                         int64_t column, int64_t left, const Write& write) {
+  constexpr int W = kLanes<A>, kStep = kLine / static_cast<int>(sizeof(R));
+  const int64_t* const rows = lists.rows;
+  const int64_t end = lists.starts[list + 1], last = lists.starts[lists.count] - 1;
+  const int64_t stride = table.stride, ahead = table.sum_ahead;
+  const R* const data = table.data + column;
+  Vec<A> sums[V] = {};
+  for (int64_t i = lists.starts[list]; i < end; ++i) {
+    const int64_t row = rows[i], later = rows[i + ahead < last ? i + ahead : last];
+    if (row < 0) continue;
+    const R* const next = data + (later < 0 ? row : later) * stride;
+#pragma GCC unroll 24
+    for (int c = 0; c < V * W; c += kStep) __builtin_prefetch(next + c);
+    const R* const at = data + row * stride;
+    const Vec<A> factor = splat(factors[i]);
+#pragma GCC unroll 24
+    for (int v = 0; v < V - 1; ++v) sums[v] += factor * load_elements(at + v * W);
+    sums[V - 1] += factor * load_some(at + (V - 1) * W, left);
+  }
+#pragma GCC unroll 24
+  for (int v = 0; v < V; ++v) write(column + v * W, v == V - 1 ? left : W, sums[v]);
+}
+
+// The same for all columns of a table.
+template <class R, class Write, class A = Acc<R>>
+MK_INLINE void sum_list(const Lists& lists, int64_t list, const Table<R>& table, const A* factors,
+                        const Write& write) {
+  constexpr int W = kLanes<A>;
+  int64_t c = 0;
+  const auto blocks = [&](auto vectors) __attribute__((always_inline)) {
+    constexpr int V = decltype(vectors)::value;
+    for (; c + V * W <= table.columns; c += V * W) {
+      sum_block<V>(lists, list, table, factors, c, W, write);
+    }
+  };
+  blocks(Int<kSums>{});
+  blocks(Int<8>{});
+  blocks(Int<4>{});
+  blocks(Int<1>{});
+  if (c < table.columns) {
+    sum_block<1>(lists, list, table, factors, c, table.columns - c, write);
+  }
 }
 
 // out[place] = x . row over a list, 0 for -1; x is padded with zeros to whole vectors.
@@ -207,7 +217,7 @@ template <class R, class A = Acc<R>>
 MK_INLINE void multiply_list(const Lists& lists, int64_t list, const Table<R>& table, const A* x,
                              A* out) {
   for (int64_t i = lists.starts[list]; i < lists.starts[list + 1]; ++i) out[i] = 0;
-  for_groups(lists, list, table.ahead(),
+  for_groups(lists, list, table.product_ahead,
              [&](auto group, auto* places, auto* rows, auto* next) __attribute__((always_inline)) {
                constexpr int G = decltype(group)::value;
                A products[G];
@@ -216,22 +226,12 @@ MK_INLINE void multiply_list(const Lists& lists, int64_t list, const Table<R>& t
              });
 }
 
-template <class A>
-MK_INLINE A factor_of(const Lists& lists, int64_t place) {
-  return lists.factors == nullptr ? A(1) : static_cast<const A*>(lists.factors)[place];
-}
-
-// A row of a tensor in accumulators, padded with zeros to whole vectors; and back.
+// A row of a tensor in accumulators, padded with zeros to whole vectors.
 template <class R, class A = Acc<R>>
 MK_INLINE void read_row(const TensorView& t, int64_t row, A* out) {
   const R* from = static_cast<const R*>(t.data) + row * t.stride[0];
   const int64_t columns = t.shape[1];
   for (int64_t c = 0; c < columns; c += kLanes<A>) store(out + c, load_some(from + c, columns - c));
-}
-
-template <class T, class A = Acc<T>>
-MK_INLINE void write_row(const A* in, int64_t columns, T* out) {
-  for (int64_t c = 0; c < columns; c += kLanes<A>) store_some(out + c, columns - c, load(in + c));
 }
 
 }  // namespace

@@ -26,7 +26,7 @@ void sparse_ffn(const SparseFfnArgs& args, const Context& ctx);
 
 struct SparseFfnGrads {
   TensorView dy;        // [T, Dout], in: `out` of the arguments is not used
-  TensorView dx;        // [T, D], contiguous, written, as are
+  TensorView dx;        // [T, D], contiguous, written, or absent; written too are
   TensorView dweights;  // [T, K] accumulators;
   // [T, K] accumulators: a row of up's gradient is the sum of up_factors times the tokens x that
   // chose it, one of down's that of down_factors times dy.

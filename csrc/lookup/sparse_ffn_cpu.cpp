@@ -70,20 +70,27 @@ struct SparseFfn {
 
   static size_t scratch_bytes(const SparseFfnArgs& args) { return Scratch(args, nullptr).bytes; }
 
+  static void write_sum(const Lists& lists, int64_t list, const Table<T>& table, const A* factors,
+                        T* out) {
+    sum_list(lists, list, table, factors,
+             [&](int64_t c, int64_t left, Vec<A> sums)
+                 __attribute__((always_inline)) { store_some(out + c, left, sums); });
+  }
+
   static void forward(const SparseFfnArgs& args, const Lists& lists, int64_t begin, int64_t end,
                       void* scratch) {
     const Scratch s(args, scratch);
     const Table<T> up(args.up, 0, args.up.shape[1]), down(args.down, 0, args.down.shape[1]);
+    const A* const weights = static_cast<const A*>(lists.factors);
     T* out = static_cast<T*>(args.out.data);
     for (int64_t t = begin; t < end; ++t) {
       A* const hidden = s.hidden - lists.starts[t];
       read_row<T>(args.x, t, s.x);
       multiply_list(lists, t, up, s.x, hidden);
       for (int64_t i = lists.starts[t]; i < lists.starts[t + 1]; ++i) {
-        hidden[i] = factor_of<A>(lists, i) * activate(args.activation, hidden[i]).value;
+        hidden[i] = weights[i] * activate(args.activation, hidden[i]).value;
       }
-      sum_list(lists, t, down, [&](int64_t i) { return hidden[i]; }, s.y);
-      write_row(s.y, down.columns, out + t * down.columns);
+      write_sum(lists, t, down, hidden, out + t * down.columns);
     }
   }
 
@@ -91,6 +98,7 @@ struct SparseFfn {
                        int64_t begin, int64_t end, void* scratch) {
     const Scratch s(args, scratch);
     const Table<T> up(args.up, 0, args.up.shape[1]), down(args.down, 0, args.down.shape[1]);
+    const A* const weights = static_cast<const A*>(lists.factors);
     A* const dweights = static_cast<A*>(grads.dweights.data);
     A* const up_factors = static_cast<A*>(grads.up_factors.data);
     A* const down_factors = static_cast<A*>(grads.down_factors.data);
@@ -104,13 +112,12 @@ struct SparseFfn {
       multiply_list(lists, t, up, s.x, hidden);
       for (int64_t i = lists.starts[t]; i < lists.starts[t + 1]; ++i) {
         const Activated<A> act = activate(args.activation, hidden[i]);
-        const A weight = lists.rows[i] < 0 ? A(0) : factor_of<A>(lists, i);
+        const A weight = lists.rows[i] < 0 ? A(0) : weights[i];
         dweights[i] = act.value * received[i];
         up_factors[i] = weight * act.slope * received[i];
         down_factors[i] = weight * act.value;
       }
-      sum_list(lists, t, up, [&](int64_t i) { return up_factors[i]; }, s.x);
-      write_row(s.x, up.columns, dx + t * up.columns);
+      if (dx != nullptr) write_sum(lists, t, up, up_factors, dx + t * up.columns);
     }
   }
 };

@@ -105,6 +105,11 @@ def bump_versions(*tensors: Tensor) -> None:
 
 def call(op: Callable, differentiable: tuple[Tensor | None, ...], *args, **options):
     """Calls a torch op, past the autograd layer if nothing asks for the gradient of these."""
+    if not _compiling() and forward_ad._current_level >= 0:
+        for tensor in differentiable:
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                name = op._name.removeprefix("memkernels::")
+                raise RuntimeError(f"{name}: not differentiable in forward mode")
     if below_autograd(*differentiable):
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args, **options)

@@ -375,7 +375,7 @@ def _(query, keys, *, k):
 @_fake("embedding_bag")
 def _(input, weight, offsets, per_sample_weights, scales, *, sparse=False):
     dtype = weight.dtype if scales is None else torch.float32
-    num_bags = len(input if offsets is None else offsets)
+    num_bags = (input if offsets is None else offsets).shape[0]
     return weight.new_empty(num_bags, weight.shape[1], dtype=dtype)
 
 
@@ -400,7 +400,7 @@ def _(grad, input, weight, offsets, scales):
 def _(
     token_ids, multipliers, moduli, offsets, past_ids, cu_seqlens, *, orders, eos_id=None, pad_id=0
 ):
-    return token_ids.new_empty((*token_ids.shape, len(moduli)), dtype=torch.int64)
+    return token_ids.new_empty((*token_ids.shape, moduli.shape[0]), dtype=torch.int64)
 
 
 @_fake("engram_gate")
@@ -409,8 +409,9 @@ def _(hidden, k, v, weight, *, eps, sign):
 
 
 @_fake("engram_gate_backward")
-def _(dout, hidden, k, v, weight, *, eps, sign):
-    return tuple(t.new_empty(t.shape) for t in (hidden, k, v, weight))
+def _(dout, hidden, k, v, weight, *, needs, eps, sign):
+    inputs = enumerate((hidden, k, v, weight))
+    return tuple(t.new_empty(t.shape if needs >> bit & 1 else (0,)) for bit, t in inputs)
 
 
 @_fake("lsh_codes")
@@ -426,13 +427,14 @@ def _(dscores, z):
 
 @_fake("sparse_ffn")
 def _(x, up, down, indices, weights, *, activation):
-    return x.new_empty(len(x), down.shape[1])
+    return x.new_empty(x.shape[0], down.shape[1])
 
 
 @_fake("sparse_ffn_backward")
-def _(dy, x, up, down, indices, weights, *, activation):
+def _(dy, x, up, down, indices, weights, *, needs, activation):
     factors = x.new_empty((3, *indices.shape), dtype=_lse_dtype(x.dtype))
-    return x.new_empty(x.shape), *(factor.clone() for factor in factors)
+    dx = x.new_empty(x.shape if needs & 1 else (0,))
+    return dx, *(factor.clone() for factor in factors)
 
 
 for _op in ("embedding_bag_accumulate", "row_sgd", "row_adagrad", "row_adam"):
@@ -442,13 +444,19 @@ for _op in ("embedding_bag_accumulate", "row_sgd", "row_adagrad", "row_adam"):
 def _product_key_context(ctx, inputs, keyword_only_inputs, output):
     indices = output[1]
     ctx.mark_non_differentiable(indices)
-    ctx.save_for_backward(*inputs, indices)
+    query, keys = inputs
+    ctx.save_for_backward(
+        query if ctx.needs_input_grad[1] else None,
+        keys if ctx.needs_input_grad[0] else None,
+        indices,
+    )
+    ctx.query_shape, ctx.keys_shape = query.shape, keys.shape
 
 
 def _product_key_gradient(ctx, dscores, _):
     # Each half of a query is a bag of rows of its half keys.
     query, keys, indices = ctx.saved_tensors
-    heads, halves, size, dim = keys.shape
+    heads, halves, size, dim = ctx.keys_shape
     rows = torch.stack([indices // size, indices % size], 2)  # [T, H, 2, k]
     first = torch.arange(heads * halves, device=rows.device).view(heads, halves, 1) * size
     rows = torch.where(indices.unsqueeze(2) < 0, -1, rows + first).flatten(0, 2)
@@ -456,12 +464,14 @@ def _product_key_gradient(ctx, dscores, _):
     dquery = dkeys = None
     if ctx.needs_input_grad[0]:
         table = keys.reshape(-1, dim)
-        dquery = _embedding_bag(rows, table, None, factors, None, sparse=False).view(query.shape)
+        dquery = _embedding_bag(rows, table, None, factors, None, sparse=False).view(
+            ctx.query_shape
+        )
     if ctx.needs_input_grad[1]:
         queries = query.reshape(-1, dim)
         dkeys = _embedding_bag_dense(
             queries, rows, None, factors, num_embeddings=heads * halves * size
-        ).view(keys.shape)
+        ).view(ctx.keys_shape)
     return dquery, dkeys
 
 
@@ -470,31 +480,42 @@ def _bag_context(ctx, inputs, keyword_only_inputs, output):
         raise RuntimeError(
             "embedding_bag: a quantised weight and its scales are not differentiable"
         )
-    ctx.save_for_backward(*inputs)
+    input, weight, offsets, per_sample_weights, scales = inputs
+    factors = (weight, scales) if ctx.needs_input_grad[3] else (None, None)
+    rows = per_sample_weights if ctx.needs_input_grad[1] else None
+    ctx.save_for_backward(input, offsets, rows, *factors)
+    ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
+    ctx.factor_dtype = None if per_sample_weights is None else per_sample_weights.dtype
     ctx.sparse = keyword_only_inputs["sparse"]
 
 
 def _bag_backward(ctx, grad):
-    input, weight, offsets, per_sample_weights, scales = ctx.saved_tensors
+    input, offsets, per_sample_weights, weight, scales = ctx.saved_tensors
     dweight = dfactors = None
+    grad, num_embeddings = grad.contiguous(), ctx.weight_shape[0]
     if ctx.needs_input_grad[1]:
-        tensors = grad.contiguous(), input, offsets, per_sample_weights
+        tensors = grad, input, offsets, per_sample_weights
         if ctx.sparse:
-            rows, grads, count = _embedding_bag_rows(*tensors, num_embeddings=len(weight))
+            rows, grads, count = _embedding_bag_rows(*tensors, num_embeddings=num_embeddings)
             used = slice(int(count))
             dweight = torch.sparse_coo_tensor(
                 rows[None, used],
-                grads[used].to(weight.dtype),
-                weight.shape,
+                grads[used].to(ctx.weight_dtype),
+                ctx.weight_shape,
                 is_coalesced=True,
                 check_invariants=False,
             )
         else:
-            dweight = _embedding_bag_dense(*tensors, num_embeddings=len(weight))
+            dweight = _embedding_bag_dense(*tensors, num_embeddings=num_embeddings)
     if ctx.needs_input_grad[3]:
-        dfactors = _embedding_bag_weights(grad.contiguous(), input, weight, offsets, scales)
-        dfactors = dfactors.to(per_sample_weights.dtype)
+        dfactors = _embedding_bag_weights(grad, input, weight, offsets, scales)
+        dfactors = dfactors.to(ctx.factor_dtype)
     return None, dweight, None, dfactors, None
+
+
+def _needs(ctx):
+    """A bit for each input that needs a gradient."""
+    return sum(1 << bit for bit, needed in enumerate(ctx.needs_input_grad) if needed)
 
 
 def _gate_context(ctx, inputs, keyword_only_inputs, output):
@@ -503,7 +524,9 @@ def _gate_context(ctx, inputs, keyword_only_inputs, output):
 
 
 def _gate_gradient(ctx, dout):
-    return _engram_gate_backward(dout.contiguous(), *ctx.saved_tensors, **ctx.options)
+    needs = _needs(ctx)
+    grads = _engram_gate_backward(dout.contiguous(), *ctx.saved_tensors, needs=needs, **ctx.options)
+    return tuple(grad if needs >> bit & 1 else None for bit, grad in enumerate(grads))
 
 
 def _codes_context(ctx, inputs, output):
@@ -525,15 +548,15 @@ def _ffn_gradient(ctx, dy):
     dy = dy.contiguous()
     x, up, down, indices, weights = ctx.saved_tensors
     dx, dweights, up_factors, down_factors = _sparse_ffn_backward(
-        dy, *ctx.saved_tensors, **ctx.options
+        dy, *ctx.saved_tensors, needs=_needs(ctx), **ctx.options
     )
     dup = ddown = None
     if ctx.needs_input_grad[1]:
-        dup = _embedding_bag_dense(x, indices, None, up_factors, num_embeddings=len(up))
+        dup = _embedding_bag_dense(x, indices, None, up_factors, num_embeddings=up.shape[0])
     if ctx.needs_input_grad[2]:
-        ddown = _embedding_bag_dense(dy, indices, None, down_factors, num_embeddings=len(down))
+        ddown = _embedding_bag_dense(dy, indices, None, down_factors, num_embeddings=down.shape[0])
     dweights = None if weights is None else dweights.to(weights.dtype)
-    return dx, dup, ddown, None, dweights
+    return dx if ctx.needs_input_grad[0] else None, dup, ddown, None, dweights
 
 
 for _op, _backward, _context in (

@@ -17,6 +17,14 @@ namespace memkernels::binding {
 
 namespace {
 
+// The gradient of an input, if that bit of `needs` is set; else empty.
+Tensor gradient(int64_t needs, int bit, const TensorView& like, TensorView& to) {
+  if (!(needs >> bit & 1)) return empty({0}, like.dtype, like.device);
+  Tensor t = empty_like(like);
+  to = view("gradient", "gradient", t);
+  return t;
+}
+
 std::tuple<Tensor, Tensor> product_key_topk(const Tensor& query, const Tensor& keys, int64_t k) {
   constexpr char op[] = "product_key_topk";
   lookup::ProductKeyArgs a;
@@ -24,7 +32,7 @@ std::tuple<Tensor, Tensor> product_key_topk(const Tensor& query, const Tensor& k
   a.keys = view(op, "keys", keys);
   check_floating(op, "query", a.query);
   check_shape(op, "query", a.query, "[T, H, 2, Dk]", {-1, -1, 2, -1});
-  check(k >= 1, op, "k must be at least 1, got ", k);
+  check(k >= 1 && k <= 128, op, "k must be 1 to 128, got ", k);
   const int64_t tokens = a.query.shape[0], heads = a.query.shape[1];
   Tensor scores = empty({tokens, heads, k}, accumulator(a.query.dtype), a.query.device);
   Tensor indices = empty({tokens, heads, k}, Dtype::i64, a.query.device);
@@ -170,20 +178,20 @@ Tensor sparse_ffn(const Tensor& x, const Tensor& up, const Tensor& down, const T
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_ffn_backward(const Tensor& dy, const Tensor& x,
-                                                               const Tensor& up, const Tensor& down,
-                                                               const Tensor& indices,
-                                                               const OptionalTensor& weights,
-                                                               std::string activation) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_ffn_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& up, const Tensor& down, const Tensor& indices,
+    const OptionalTensor& weights, int64_t needs, std::string activation) {
   constexpr char op[] = "sparse_ffn_backward";
   const lookup::SparseFfnArgs a = ffn_args(op, x, up, down, indices, weights, activation);
   TensorView factors = a.indices;
   factors.dtype = accumulator(a.x.dtype);
-  Tensor dx = empty_like(a.x), dweights = empty_like(factors);
+  lookup::SparseFfnGrads grads;
+  Tensor dx = gradient(needs, 0, a.x, grads.dx), dweights = empty_like(factors);
   Tensor up_factors = empty_like(factors), down_factors = empty_like(factors);
-  const lookup::SparseFfnGrads grads{
-      view(op, "dy", dy), view(op, "dx", dx), view(op, "dweights", dweights),
-      view(op, "up_factors", up_factors), view(op, "down_factors", down_factors)};
+  grads.dy = view(op, "dy", dy);
+  grads.dweights = view(op, "dweights", dweights);
+  grads.up_factors = view(op, "up_factors", up_factors);
+  grads.down_factors = view(op, "down_factors", down_factors);
   lookup::sparse_ffn_backward(a, grads, OpContext(op, a.x.device));
   return {dx, dweights, up_factors, down_factors};
 }
@@ -241,18 +249,14 @@ Tensor engram_gate(const Tensor& hidden, const Tensor& k, const Tensor& v, const
 std::tuple<Tensor, Tensor, Tensor, Tensor> engram_gate_backward(const Tensor& dout,
                                                                 const Tensor& hidden,
                                                                 const Tensor& k, const Tensor& v,
-                                                                const Tensor& weight, double eps,
-                                                                std::string sign) {
+                                                                const Tensor& weight, int64_t needs,
+                                                                double eps, std::string sign) {
   constexpr char op[] = "engram_gate_backward";
   const lookup::EngramGateArgs a = gate_args(op, hidden, k, v, weight, eps, sign);
   lookup::EngramGateGrads g;
   g.dout = view(op, "dout", dout);
-  Tensor dhidden = empty_like(a.hidden), dk = empty_like(a.k), dv = empty_like(a.v);
-  Tensor dweight = empty_like(a.weight);
-  g.dhidden = view(op, "dhidden", dhidden);
-  g.dk = view(op, "dk", dk);
-  g.dv = view(op, "dv", dv);
-  g.dweight = view(op, "dweight", dweight);
+  Tensor dhidden = gradient(needs, 0, a.hidden, g.dhidden), dk = gradient(needs, 1, a.k, g.dk);
+  Tensor dv = gradient(needs, 2, a.v, g.dv), dweight = gradient(needs, 3, a.weight, g.dweight);
   lookup::engram_gate_backward(a, g, OpContext(op, a.hidden.device));
   return {dhidden, dk, dv, dweight};
 }
@@ -368,7 +372,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MEMKERNELS_NAMESPACE, m) {
       "-> Tensor");
   m.def(
       "engram_gate_backward(Tensor dout, Tensor hidden, Tensor k, Tensor v, Tensor weight, *, "
-      "float eps, str sign) -> (Tensor dhidden, Tensor dk, Tensor dv, Tensor dweight)");
+      "int needs, float eps, str sign) -> (Tensor dhidden, Tensor dk, Tensor dv, Tensor dweight)");
   m.def("lsh_codes(Tensor z) -> (Tensor codes, Tensor scores)");
   m.def("lsh_codes_backward(Tensor dscores, Tensor z) -> Tensor");
   m.def(
@@ -376,7 +380,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MEMKERNELS_NAMESPACE, m) {
       "str activation) -> Tensor");
   m.def(
       "sparse_ffn_backward(Tensor dy, Tensor x, Tensor up, Tensor down, Tensor indices, "
-      "Tensor? weights, *, str activation) "
+      "Tensor? weights, *, int needs, str activation) "
       "-> (Tensor dx, Tensor dweights, Tensor up_factors, Tensor down_factors)");
 }
 

@@ -153,6 +153,16 @@ class Engram(nn.Module):
             )
             nn.init.zeros_(self.conv.weight)
 
+    def _apply(self, fn, recurse=True):
+        # A table that is no parameter keeps its dtype: module.bfloat16() is not meant for it.
+        kept = {name: self._buffers.get(name) for name in ("weight", "scales")}
+        self._buffers.update({name: None for name in kept if name in self._buffers})
+        super()._apply(fn, recurse)
+        for name, table in kept.items():
+            if table is not None:
+                self._buffers[name] = table.to(self.key_proj.weight.device)
+        return self
+
     def embed(
         self, token_ids: Tensor, past_ids: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> Tensor:

@@ -141,10 +141,11 @@ class RowAdam(_RowOptimizer):
             state["step"] = 0
             for name in "exp_avg", "exp_avg_sq":
                 state[name] = empty_table(*param.shape, dtype=dtype, device=param.device).zero_()
-        state["step"] += 1
         options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
         moments = state["exp_avg"], state["exp_avg_sq"]
-        memkernels.row_adam(param, *moments, rows, grads, count, step=state["step"], **options)
+        step = state["step"] + 1
+        memkernels.row_adam(param, *moments, rows, grads, count, step=step, **options)
+        state["step"] = step
 
 
 def _rows(param: Tensor) -> tuple[Tensor, Tensor, Tensor]:

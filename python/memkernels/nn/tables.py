@@ -47,6 +47,9 @@ def open_table(
     Returns:
         ``shape``, on the CPU, contiguous.
 
+    A file that this process neither owns nor may write is read a page at a time, since Linux does
+    not tell it which pages are in memory.
+
     Raises RuntimeError unless the size of the file is that of the tensor, before the file is
     opened. The file is not to be truncated as long as the tensor lives.
     """
@@ -56,6 +59,8 @@ def open_table(
         raise RuntimeError(
             f"open_table: {path} must have {expected} bytes for {shape} {dtype}, found {found}"
         )
+    if expected == 0:
+        return torch.empty(shape, dtype=dtype)
     flags = mmap.MAP_SHARED if writable else mmap.MAP_PRIVATE | _MAP_NORESERVE
     with open(path, "r+b" if writable else "rb") as file:
         mapping = mmap.mmap(file.fileno(), expected, flags=flags)
