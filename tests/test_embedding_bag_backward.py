@@ -337,3 +337,35 @@ def test_factors_of_a_quantised_table_have_a_gradient(lookup_ops, stored, scale_
         expected = gradients(lookup_ops.embedding_bag, plain, name)
         actual = gradients(lookup_ops.embedding_bag, arguments, name)
         torch.testing.assert_close(actual, expected)
+
+
+def test_a_buffer_that_overlaps_is_refused():
+    memory = torch.ones(12, 4)
+    arguments = {"input": torch.zeros(6, 1, dtype=torch.long), "num_embeddings": 6}
+    with (
+        unchanged(memory),
+        pytest.raises(RuntimeError, match=r"embedding_bag_backward: out .*grad"),
+    ):
+        memkernels.embedding_bag_backward(memory[3:9], **arguments, out=memory[:6])
+    memkernels.embedding_bag_backward(memory[6:], **arguments, out=memory[:6])
+    assert memory[0].tolist() == [7] * 4
+
+
+def test_a_table_may_change_before_its_gradient_is_computed():
+    """Which does not depend on it; the gradient of factors does, and says so."""
+    weight = torch.ones(5, 4, requires_grad=True)
+    factors = torch.ones(2, 3, requires_grad=True)
+    input = torch.zeros(2, 3, dtype=torch.long)
+    for inputs in (weight,), (factors,):
+        out = memkernels.embedding_bag(
+            input,
+            weight if weight is inputs[0] else weight.detach(),
+            per_sample_weights=factors if factors is inputs[0] else factors.detach(),
+        ).sum()
+        with torch.no_grad():
+            weight.add_(1)
+        if factors is inputs[0]:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(out, inputs)
+        else:
+            assert torch.autograd.grad(out, inputs)[0][0].tolist() == [6] * 4

@@ -107,3 +107,24 @@ def test_compile_of_a_step(op):
     actual = compiled(states[1], bag, **options)
     assert_same_bits([actual, *states[1]], [expected, *states[0]])
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("example", ["embedding_bag", "sparse_ffn"])
+def test_one_graph_for_any_number_of_tokens(example):
+    op, arguments = arguments_of(example)
+    function = getattr(memkernels, op)
+    of_tokens = ("input", "per_sample_weights", "x", "indices", "weights")
+
+    def first(count):
+        return {
+            n: v[:count] if n in of_tokens and v is not None else v for n, v in arguments.items()
+        }
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda arguments: function(**arguments), fullgraph=True, dynamic=True, backend=counter
+    )
+    for count in 2, 3, 4:
+        assert_same_bits(compiled(first(count)), function(**first(count)))
+    assert counter.frame_count == 1
+    torch._dynamo.reset()

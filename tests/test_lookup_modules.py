@@ -737,6 +737,23 @@ def test_writing_to_tables(tmp_path, writable):
     assert open_table(path, [10, 4], torch.float32).sum() == expected
 
 
+def test_a_quantised_table_keeps_its_dtype():
+    weight, scales = torch.ones(1000, 4).to(torch.float8_e4m3fn), torch.ones(1000, 1)
+    layer = Engram(DIM, 50, 7, heads=2, head_dim=4, weight=weight, scales=scales)
+    layer.bfloat16()
+    assert layer.key_proj.weight.dtype == torch.bfloat16
+    assert layer.weight.dtype == torch.float8_e4m3fn
+    assert layer.scales.dtype == torch.float32
+    out = layer(torch.zeros(3, DIM, dtype=torch.bfloat16), torch.arange(3))
+    assert out.dtype == torch.bfloat16
+
+
+def test_an_empty_table(tmp_path):
+    assert (
+        open_table(write(tmp_path / "table", torch.empty(0, 4)), [0, 4], torch.float32).numel() == 0
+    )
+
+
 @pytest.mark.parametrize("size", [0, 159, 161, 320])
 @pytest.mark.parametrize("writable", [False, True])
 def test_files_of_another_size_are_refused(tmp_path, size, writable):

@@ -403,6 +403,19 @@ def test_each_gradient_of_networks_only_if_asked_for(lookup_ops, names):
     assert_same_bits(fewer, {name: every[name] for name in names})
 
 
+@pytest.mark.parametrize("many", [6, 10, 130])
+def test_all_pairs_equal(lookup_ops, many):
+    """More equal sums than k, of keys in no order: the lowest indices win."""
+    order = torch.randperm(130, generator=torch.Generator().manual_seed(many))
+    halves = torch.where(order < many, 1e30, -order.float())
+    keys = torch.stack([halves, halves.flip(0)])[None, ..., None]
+    query = torch.ones(1, 1, 2, 1)
+    scores, indices = lookup_ops.product_key_topk(query, keys, 128)
+    exact_scores, exact = reference.product_key_topk(query.numpy(), keys.numpy(), 128)
+    assert indices.tolist() == exact.tolist()
+    np.testing.assert_array_equal(scores.numpy(), exact_scores.astype(np.float32))
+
+
 FFN_ERRORS = {
     "rank_of_x": ("x", lambda c: {"x": c.x[0]}),
     "integer_x": ("x", lambda c: {"x": c.x.int()}),
