@@ -282,7 +282,7 @@ struct ProductKeys {
     }
     Key<A> keys[kMostGroups * W];
     for (int64_t g = 0; g < groups; ++g) store(keys + g * W, keys_of<A>(most[g]));
-    return value_of<A>(kth_largest<A>(keys, groups * W, k));
+    return value_of<A>(kth_largest<A>(keys, groups * W, k, k + k / 8));
   }
 
   void merge(int64_t t) const {

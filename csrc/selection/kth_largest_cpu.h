@@ -51,9 +51,10 @@ MK_INLINE int64_t count_reaching(const Key<A>* keys, int64_t n, Key<A> least) {
 }
 
 // A key that at least k of n keys reach, and fewer than k exceed unless exactly k reach it; the
-// keys are padded with the least integer to a multiple of the lanes. k <= n.
+// keys are padded with the least integer to a multiple of the lanes. k <= n. A key that up to
+// `enough` reach will do, and is found in fewer steps.
 template <class A>
-MK_INLINE Key<A> kth_largest(Key<A>* keys, int64_t n, int64_t k) {
+MK_INLINE Key<A> kth_largest(Key<A>* keys, int64_t n, int64_t k, int64_t enough = 0) {
   constexpr int W = kLanes<A>;
   const int64_t padded = round_up(n, W);
   for (int64_t i = n; i < padded; ++i) keys[i] = key_of<A>(static_cast<A>(__builtin_nan("")));
@@ -73,7 +74,7 @@ MK_INLINE Key<A> kth_largest(Key<A>* keys, int64_t n, int64_t k) {
     const Unsigned span = static_cast<Unsigned>(high) - static_cast<Unsigned>(low);
     const Key<A> middle = static_cast<Key<A>>(static_cast<Unsigned>(low) + span / 2 + (span & 1));
     const int64_t count = count_reaching<A>(keys, padded, middle);
-    if (count == k) return middle;
+    if (count == k || (count > k && count <= enough)) return middle;
     if (count > k) {
       low = middle;
     } else {
