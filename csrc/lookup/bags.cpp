@@ -1,7 +1,6 @@
 #include "lookup/bags.h"
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "core/check.h"
@@ -125,16 +124,18 @@ OwnedLists make_lists(const char* op, const char* input, const Bags& bags, int64
   if (!given(bags.factors)) fill_scalars(factors, accumulator, 0, entries, 1);
   if (!given(bags.factors) || entries == 0) return lists;
   const TensorView& f = bags.factors;
-  const int64_t size = item_size(accumulator), factor_stride = f.stride[f.ndim - 1];
+  const int64_t factor_stride = f.stride[f.ndim - 1];
+  const WidenKernel widen = MEMKERNELS_CPU(cpu_isa(), widen_kernel)(f.dtype);
   for (int64_t t = 0; t < outer; ++t) {
-    const int64_t base = flat ? 0 : t * f.stride[0];
-    char* to = static_cast<char*>(factors) + t * width * size;
-    if (f.dtype == accumulator && factor_stride == 1) {
-      std::memcpy(to, static_cast<const char*>(f.data) + base * size, width * size);
+    const int64_t base = flat ? 0 : t * f.stride[0], at = t * width;
+    if (factor_stride == 1 && accumulator == Dtype::f32) {
+      widen(static_cast<const char*>(f.data) + base * item_size(f.dtype), width,
+            static_cast<float*>(factors) + at);
       continue;
     }
     for (int64_t j = 0; j < width; ++j) {
-      store_scalar(to, accumulator, j, load_scalar(f.data, f.dtype, base + j * factor_stride));
+      store_scalar(factors, accumulator, at + j,
+                   load_scalar(f.data, f.dtype, base + j * factor_stride));
     }
   }
   return lists;

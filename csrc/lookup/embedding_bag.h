@@ -80,6 +80,10 @@ struct ProductKernel {
   void (*run)(const ProductArgs& args, const Cut& cut, void* scratch);
 };
 
+// n numbers, one after the other, into float32.
+using WidenKernel = void (*)(const void* from, int64_t n, float* to);
+
+MEMKERNELS_DECLARE_CPU(WidenKernel, widen_kernel, (Dtype from))
 MEMKERNELS_DECLARE_CPU(SumKernel, sum_rows_kernel, (Dtype table))
 MEMKERNELS_DECLARE_CPU(ProductKernel, multiply_rows_kernel, (Dtype table))
 

@@ -66,7 +66,7 @@ MK_INLINE void for_quantised(const Lists& lists, int64_t list, const Table<R>& t
                              const TensorView& scales, const Body& body) {
   const char* const first_scale = static_cast<const char*>(scales.data);
   const int64_t scale_bytes = scales.stride[0] * (scales.dtype == Dtype::f32 ? sizeof(float) : 1);
-  for_groups(lists, list, table.product_ahead,
+  for_groups(lists, list, table.ahead,
              [&](auto group, auto* places, auto* rows, auto* next) __attribute__((always_inline)) {
                for (int g = 0; g < decltype(group)::value; ++g) {
                  const R* later = table.row(next[g]);
@@ -139,6 +139,12 @@ void multiply_rows(const ProductArgs& args, const Cut& cut, void* scratch) {
   }
 }
 
+template <class T>
+void widen(const void* from, int64_t n, float* to) {
+  const T* p = static_cast<const T*>(from);
+  for (int64_t i = 0; i < n; i += kLanes<float>) store_some(to + i, n - i, load_some(p + i, n - i));
+}
+
 template <class R>
 constexpr SumKernel sum_kernel() {
   return {padded_row_bytes<Acc<R>>, sum_rows<R>};
@@ -152,6 +158,10 @@ constexpr ProductKernel product_kernel() {
 }  // namespace
 
 namespace cpu::MEMKERNELS_ISA {
+
+WidenKernel widen_kernel(Dtype from) {
+  return from == Dtype::bf16 ? widen<bf16> : from == Dtype::f16 ? widen<f16> : widen<float>;
+}
 
 SumKernel sum_rows_kernel(Dtype table) {
   switch (table) {

@@ -87,15 +87,13 @@ struct Table {
   const R* data;
   int64_t stride;
   int64_t columns;
-  // Rows ahead of the one that is computed with: of sums, and of products, in groups.
-  int64_t sum_ahead, product_ahead;
+  int64_t ahead;  // rows, of the group that is computed with
 
   Table(const TensorView& t, int64_t column, int64_t columns)
-      : data(static_cast<const R*>(t.data) + column), stride(t.stride[0]), columns(columns) {
-    const int64_t bytes = columns * static_cast<int64_t>(sizeof(R)) + kLine;
-    sum_ahead = 6 + 2048 / bytes;
-    product_ahead = kGroup + 8192 / bytes;
-  }
+      : data(static_cast<const R*>(t.data) + column),
+        stride(t.stride[0]),
+        columns(columns),
+        ahead(kGroup + 8192 / (columns * static_cast<int64_t>(sizeof(R)) + kLine)) {}
 
   const R* row(int64_t i) const { return data + i * stride; }
 };
@@ -172,11 +170,12 @@ MK_INLINE void sum_block(const Lists& lists, int64_t list, const Table<R>& table
   constexpr int W = kLanes<A>, kStep = kLine / static_cast<int>(sizeof(R));
   const int64_t* const rows = lists.rows;
   const int64_t end = lists.starts[list + 1], last = lists.starts[lists.count] - 1;
-  const int64_t stride = table.stride, ahead = table.sum_ahead;
+  constexpr int64_t kAhead = 3 + 2048 / (V * W * static_cast<int>(sizeof(R)));
+  const int64_t stride = table.stride;
   const R* const data = table.data + column;
   Vec<A> sums[V] = {};
   for (int64_t i = lists.starts[list]; i < end; ++i) {
-    const int64_t row = rows[i], later = rows[i + ahead < last ? i + ahead : last];
+    const int64_t row = rows[i], later = rows[i + kAhead < last ? i + kAhead : last];
     if (row < 0) continue;
     const R* const next = data + (later < 0 ? row : later) * stride;
 #pragma GCC unroll 24
@@ -217,7 +216,7 @@ template <class R, class A = Acc<R>>
 MK_INLINE void multiply_list(const Lists& lists, int64_t list, const Table<R>& table, const A* x,
                              A* out) {
   for (int64_t i = lists.starts[list]; i < lists.starts[list + 1]; ++i) out[i] = 0;
-  for_groups(lists, list, table.product_ahead,
+  for_groups(lists, list, table.ahead,
              [&](auto group, auto* places, auto* rows, auto* next) __attribute__((always_inline)) {
                constexpr int G = decltype(group)::value;
                A products[G];
