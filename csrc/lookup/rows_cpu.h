@@ -98,42 +98,32 @@ struct Table {
   const R* row(int64_t i) const { return data + i * stride; }
 };
 
-template <int G, class R>
-struct Group {
-  const R *rows[G], *next[G];
-  MK_INLINE Group(const Table<R>& table, const int64_t* these, const int64_t* later) {
-    for (int g = 0; g < G; ++g) {
-      rows[g] = table.row(these[g]);
-      next[g] = table.row(later[g]);
-    }
-  }
-  MK_INLINE void prefetch(int64_t column) const {
-#pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) __builtin_prefetch(next[g] + column);
-  }
-};
-
 // products[g] = x . rows[g]; x is padded with zeros to whole vectors.
 template <int G, class R, class A = Acc<R>>
 MK_INLINE void multiply_rows(const Table<R>& table, const int64_t* rows, const int64_t* next,
                              const A* x, A* products) {
   constexpr int W = kLanes<A>;
   constexpr int kStep = kLine / static_cast<int>(sizeof(R));
-  const Group<G, R> group(table, rows, next);
+  const R *at[G], *later[G];
+  for (int g = 0; g < G; ++g) {
+    at[g] = table.row(rows[g]);
+    later[g] = table.row(next[g]);
+  }
   Vec<A> sums[G] = {};
   int64_t c = 0;
   for (; c + kStep <= table.columns; c += kStep) {
-    group.prefetch(c);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) __builtin_prefetch(later[g] + c);
 #pragma GCC unroll 8
     for (int v = 0; v < kStep; v += W) {
       const Vec<A> y = load(x + c + v);
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sums[g] += y * load_elements(group.rows[g] + c + v);
+      for (int g = 0; g < G; ++g) sums[g] += y * load_elements(at[g] + c + v);
     }
   }
   for (; c < table.columns; c += W) {
     for (int g = 0; g < G; ++g) {
-      sums[g] += load(x + c) * load_some(group.rows[g] + c, table.columns - c);
+      sums[g] += load(x + c) * load_some(at[g] + c, table.columns - c);
     }
   }
   for (int g = 0; g < G; ++g) products[g] = sum<A>(sums[g]);

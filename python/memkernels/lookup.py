@@ -24,7 +24,7 @@ def product_key_topk(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tenso
 
     Args:
         query: ``[T, H, 2, Dk]``; float32, bfloat16, float16, or float64 on the CPU.
-        keys: ``[H, 2, N, Dk]``, dtype of query, any strides; N up to 65536.
+        keys: ``[H, 2, N, Dk]``, dtype of query, contiguous in the last dimension; N up to 65536.
         k: 1 to 128, at most N.
 
     Returns:
@@ -64,7 +64,8 @@ def embedding_bag(
         scales: ``[N, D / block]``, factors of blocks of a quantised row: float32, or uint8 holding
             e8m0 exponents.
         sparse: make the gradient of weight a coalesced sparse COO tensor of the rows that were
-            read.
+            read, as `memkernels.nn.RowAdam` takes. Not under torch.compile: its size depends on
+            the indices.
 
     Returns:
         ``[T, D]`` in the dtype of weight; float32 for quantised weights.
