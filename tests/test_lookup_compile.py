@@ -29,7 +29,7 @@ OPCHECKS = {
     "lsh_codes": lambda: internal("lsh_codes"),  # opcheck cannot add its scores to its codes
     "int8_bags": lambda: internal("int8_bags"),
     "ngram_hash": lambda: internal("ngram_hash"),
-    "embedding_bag_rows": lambda: internal("rows_of_a_gradient", "embedding_bag_rows"),
+    "embedding_bag_backward": lambda: internal("rows_of_a_gradient", "embedding_bag_backward"),
     "embedding_bag_dense": lambda: internal("rows_of_a_gradient", "embedding_bag_dense"),
     "embedding_bag_accumulate": lambda: internal(
         "accumulated_gradient", "embedding_bag_accumulate"

@@ -38,10 +38,10 @@ def info() -> None:
     for name, fact in facts.items():
         print(f"{name:<12} {fact}")
 
-    print(f"\n{'op':<20}{'CPU':<10}CUDA")
+    print(f"\n{'op':<24}{'CPU':<10}CUDA")
     for op in fallback.__all__:  # has every op
         native = [_library.has_kernel(op, device) for device in ("cpu", "cuda")]
-        print(f"{op:<20}" + "".join(f"{'native' if has else 'fallback':<10}" for has in native))
+        print(f"{op:<24}" + "".join(f"{'native' if has else 'fallback':<10}" for has in native))
 
 
 def main() -> None:

@@ -108,14 +108,17 @@ def embedding_bag_backward(
     Deterministic. Not differentiable. Raises RuntimeError on arguments that contradict the above;
     out is unchanged then.
     """
-    if _library.use_fallback(grad, "embedding_bag_rows"):
+    if _library.use_fallback(grad, "embedding_bag_backward"):
         return fallback.embedding_bag_backward(
             grad, input, num_embeddings, offsets, per_sample_weights=per_sample_weights, out=out
         )
     tensors = grad, input, offsets, per_sample_weights
     if out is None:
         return _library.call(
-            _embedding_bag_rows, (grad, per_sample_weights), *tensors, num_embeddings=num_embeddings
+            _embedding_bag_backward,
+            (grad, per_sample_weights),
+            *tensors,
+            num_embeddings=num_embeddings,
         )
     if out.dim() < 1 or len(out) != num_embeddings:
         raise RuntimeError(
@@ -337,7 +340,7 @@ def sparse_ffn(
 _ops = torch.ops.memkernels
 _product_key_topk = _ops.product_key_topk.default
 _embedding_bag = _ops.embedding_bag.default
-_embedding_bag_rows = _ops.embedding_bag_rows.default
+_embedding_bag_backward = _ops.embedding_bag_backward.default
 _embedding_bag_dense = _ops.embedding_bag_dense.default
 _embedding_bag_accumulate = _ops.embedding_bag_accumulate.default
 _embedding_bag_weights = _ops.embedding_bag_weights.default
@@ -354,7 +357,7 @@ _sparse_ffn_backward = _ops.sparse_ffn_backward.default
 
 _lib = _library.library
 
-for _op in ("embedding_bag_rows", "embedding_bag_dense", "embedding_bag_weights"):
+for _op in ("embedding_bag_backward", "embedding_bag_dense", "embedding_bag_weights"):
     _library.not_differentiable(_op, "gradients are once differentiable")
 _library.in_place("embedding_bag_accumulate", mutated=("out",))
 _library.in_place("row_sgd", mutated=("param",))
@@ -380,7 +383,7 @@ def _(input, weight, offsets, per_sample_weights, scales, *, sparse=False):
     return weight.new_empty(num_bags, weight.shape[1], dtype=dtype)
 
 
-@_fake("embedding_bag_rows")
+@_fake("embedding_bag_backward")
 def _(grad, input, offsets, per_sample_weights, *, num_embeddings):
     rows = input.new_empty(input.numel(), dtype=torch.int64)
     grads = grad.new_empty(input.numel(), grad.shape[1], dtype=_lse_dtype(grad.dtype))
@@ -497,7 +500,7 @@ def _bag_backward(ctx, grad):
     if ctx.needs_input_grad[1]:
         tensors = grad, input, offsets, per_sample_weights
         if ctx.sparse:
-            rows, grads, count = _embedding_bag_rows(*tensors, num_embeddings=num_embeddings)
+            rows, grads, count = _embedding_bag_backward(*tensors, num_embeddings=num_embeddings)
             used = slice(int(count))
             dweight = torch.sparse_coo_tensor(
                 rows[None, used],

@@ -82,10 +82,10 @@ lookup::EmbeddingBagGrads bag_grads(const char* op, const Tensor& grad, const Te
   return a;
 }
 
-std::tuple<Tensor, Tensor, Tensor> embedding_bag_rows(const Tensor& grad, const Tensor& input,
-                                                      const OptionalTensor& offsets,
-                                                      const OptionalTensor& per_sample_weights,
-                                                      int64_t num_embeddings) {
+std::tuple<Tensor, Tensor, Tensor> embedding_bag_backward(const Tensor& grad, const Tensor& input,
+                                                          const OptionalTensor& offsets,
+                                                          const OptionalTensor& per_sample_weights,
+                                                          int64_t num_embeddings) {
   constexpr char op[] = "embedding_bag_backward";
   lookup::EmbeddingBagGrads a = bag_grads(op, grad, input, offsets, per_sample_weights);
   check(num_embeddings >= 0, op, "num_embeddings must not be negative, got ", num_embeddings);
@@ -342,7 +342,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MEMKERNELS_NAMESPACE, m) {
       "embedding_bag(Tensor input, Tensor weight, Tensor? offsets, Tensor? per_sample_weights, "
       "Tensor? scales, *, bool sparse=False) -> Tensor");
   m.def(
-      "embedding_bag_rows(Tensor grad, Tensor input, Tensor? offsets, Tensor? per_sample_weights, "
+      "embedding_bag_backward(Tensor grad, Tensor input, Tensor? offsets, Tensor? "
+      "per_sample_weights, "
       "*, int num_embeddings) -> (Tensor rows, Tensor grads, Tensor count)");
   m.def(
       "embedding_bag_dense(Tensor grad, Tensor input, Tensor? offsets, Tensor? per_sample_weights, "
@@ -387,7 +388,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MEMKERNELS_NAMESPACE, m) {
 STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) {
   m.impl("product_key_topk", TORCH_BOX(&product_key_topk));
   m.impl("embedding_bag", TORCH_BOX(&embedding_bag));
-  m.impl("embedding_bag_rows", TORCH_BOX(&embedding_bag_rows));
+  m.impl("embedding_bag_backward", TORCH_BOX(&embedding_bag_backward));
   m.impl("embedding_bag_dense", TORCH_BOX(&embedding_bag_dense));
   m.impl("embedding_bag_accumulate", TORCH_BOX(&embedding_bag_accumulate));
   m.impl("embedding_bag_weights", TORCH_BOX(&embedding_bag_weights));
