@@ -244,7 +244,8 @@ struct ProductKeys {
     }
     for (int64_t t = 0; t < num_tokens; ++t) {
       Best& best = s.best[2 * t + half];
-      for (int64_t i = s.half[t].found; i < k + W; ++i) best.values[i] = -kInfinity<A>;
+      const int64_t found = s.half[t].found < k ? s.half[t].found : k;
+      for (int64_t i = found; i < k + W; ++i) best.values[i] = -kInfinity<A>;
       s.half[t].sort(k, best.values, best.indices);
     }
   }

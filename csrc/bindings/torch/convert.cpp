@@ -146,6 +146,13 @@ Tensor sparse_zeros(std::initializer_list<int64_t> shape, Dtype dtype, Device de
                Contents::sparse_zeros);
 }
 
+Tensor gradient(const char* op, int64_t needs, int bit, const TensorView& like, TensorView& to) {
+  if (!(needs >> bit & 1)) return empty({0}, like.dtype, like.device);
+  Tensor t = empty_like(like);
+  to = view(op, "gradient", t);
+  return t;
+}
+
 OpContext::OpContext(const char* op, Device device) {
   ctx_.device = device;
   if (device.type == DeviceType::cpu) {

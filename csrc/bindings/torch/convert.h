@@ -33,6 +33,9 @@ Tensor empty_like(const TensorView& t, bool zeroed = false);
 // pages unless the op asks for them.
 Tensor sparse_zeros(std::initializer_list<int64_t> shape, Dtype dtype, Device device);
 
+// The gradient of an input, and a view of it, if that bit of `needs` is set; else empty.
+Tensor gradient(const char* op, int64_t needs, int bit, const TensorView& like, TensorView& to);
+
 // Where an op with tensors on `device` runs. Owns what the op allocates there.
 class OpContext {
  public:

@@ -5,6 +5,7 @@
 
 #include "bindings/torch/convert.h"
 #include "core/check.h"
+#include "lookup/bags.h"
 #include "lookup/embedding_bag.h"
 #include "lookup/engram_gate.h"
 #include "lookup/lsh_codes.h"
@@ -16,14 +17,6 @@
 namespace memkernels::binding {
 
 namespace {
-
-// The gradient of an input, if that bit of `needs` is set; else empty.
-Tensor gradient(int64_t needs, int bit, const TensorView& like, TensorView& to) {
-  if (!(needs >> bit & 1)) return empty({0}, like.dtype, like.device);
-  Tensor t = empty_like(like);
-  to = view("gradient", "gradient", t);
-  return t;
-}
 
 std::tuple<Tensor, Tensor> product_key_topk(const Tensor& query, const Tensor& keys, int64_t k) {
   constexpr char op[] = "product_key_topk";
@@ -48,10 +41,6 @@ lookup::Bags bags(const char* op, const Tensor& input, const OptionalTensor& off
           view(op, "per_sample_weights", factors)};
 }
 
-int64_t num_bags(const lookup::Bags& bags) {
-  return (given(bags.offsets) ? bags.offsets : bags.input).shape[0];
-}
-
 // `sparse` is the gradient's matter.
 Tensor embedding_bag(const Tensor& input, const Tensor& weight, const OptionalTensor& offsets,
                      const OptionalTensor& per_sample_weights, const OptionalTensor& scales,
@@ -64,8 +53,8 @@ Tensor embedding_bag(const Tensor& input, const Tensor& weight, const OptionalTe
   check(a.bags.input.ndim >= 1, op, "input must be [T, K], or [n] with offsets, got a number");
   check_shape(op, "weight", a.weight, "[N, D]", {-1, -1});
   const bool floating = is_floating(a.weight.dtype);
-  Tensor out = empty({num_bags(a.bags), a.weight.shape[1]}, floating ? a.weight.dtype : Dtype::f32,
-                     a.weight.device);
+  Tensor out = empty({lookup::num_bags(a.bags), a.weight.shape[1]},
+                     floating ? a.weight.dtype : Dtype::f32, a.weight.device);
   a.out = view(op, "out", out);
   lookup::embedding_bag(a, OpContext(op, a.weight.device));
   return out;
@@ -186,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_ffn_backward(
   TensorView factors = a.indices;
   factors.dtype = accumulator(a.x.dtype);
   lookup::SparseFfnGrads grads;
-  Tensor dx = gradient(needs, 0, a.x, grads.dx), dweights = empty_like(factors);
+  Tensor dx = gradient(op, needs, 0, a.x, grads.dx), dweights = empty_like(factors);
   Tensor up_factors = empty_like(factors), down_factors = empty_like(factors);
   grads.dy = view(op, "dy", dy);
   grads.dweights = view(op, "dweights", dweights);
@@ -255,8 +244,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> engram_gate_backward(const Tensor& do
   const lookup::EngramGateArgs a = gate_args(op, hidden, k, v, weight, eps, sign);
   lookup::EngramGateGrads g;
   g.dout = view(op, "dout", dout);
-  Tensor dhidden = gradient(needs, 0, a.hidden, g.dhidden), dk = gradient(needs, 1, a.k, g.dk);
-  Tensor dv = gradient(needs, 2, a.v, g.dv), dweight = gradient(needs, 3, a.weight, g.dweight);
+  Tensor dhidden = gradient(op, needs, 0, a.hidden, g.dhidden),
+         dk = gradient(op, needs, 1, a.k, g.dk);
+  Tensor dv = gradient(op, needs, 2, a.v, g.dv),
+         dweight = gradient(op, needs, 3, a.weight, g.dweight);
   lookup::engram_gate_backward(a, g, OpContext(op, a.hidden.device));
   return {dhidden, dk, dv, dweight};
 }

@@ -296,15 +296,9 @@ std::tuple<Tensor, Tensor, Tensor> indexer_scores_backward(const Tensor& dscores
       indexer_args(op, q, w, k, page_table, seq_lens, cu_seqlens_q, causal, offsets);
   a.scores = view(op, "dscores", dscores);
   selection::IndexerGrads grads;
-  const auto gradient = [&](int bit, const TensorView& like, TensorView& to) {
-    const bool needed = needs >> bit & 1;
-    Tensor t = needed ? empty_like(like) : empty({0}, like.dtype, like.device);
-    if (needed) to = view(op, "gradient", t);
-    return t;
-  };
-  Tensor dq = gradient(0, a.attention.q, grads.dq);
-  Tensor dw = gradient(1, a.w, grads.dw);
-  Tensor dk = gradient(2, view(op, "k", k), grads.dk);
+  Tensor dq = gradient(op, needs, 0, a.attention.q, grads.dq);
+  Tensor dw = gradient(op, needs, 1, a.w, grads.dw);
+  Tensor dk = gradient(op, needs, 2, view(op, "k", k), grads.dk);
   selection::indexer_scores_backward(a, grads, OpContext(op, a.attention.q.device));
   return {dq, dw, dk};
 }
