@@ -116,14 +116,14 @@ def call(op: Callable, differentiable: tuple[Tensor | None, ...], *args, **optio
     return op(*args, **options)
 
 
-def call_in_place(op: Callable, mutated: tuple[Tensor, ...], *args, **options) -> None:
+def call_in_place(op: Callable, mutated: tuple[Tensor, ...], *args, **options):
     """The same of an op that is in_place() and writes these."""
     if below_autograd(*(arg for arg in args if isinstance(arg, Tensor))):
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            op(*args, **options)
+            result = op(*args, **options)
         bump_versions(*mutated)
-    else:
-        op(*args, **options)
+        return result
+    return op(*args, **options)
 
 
 def once_differentiable(op: str) -> None:
@@ -163,7 +163,7 @@ def in_place(op: str, mutated: tuple[str, ...]) -> None:
             result = overload.redispatch(
                 keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs
             )
-        bump_versions(*(args[i] for i in indices))
+        bump_versions(*(args[i] for i in indices if args[i] is not None))
         return result
 
     library.impl(op, bump, "ADInplaceOrView", with_keyset=True)
