@@ -108,14 +108,13 @@ Tensor gate_gradient(const char* op, int64_t needs, int bit, const TensorView& g
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(
     const Tensor& dout, const OptionalTensor& dstate, const OptionalTensor& dz, const Tensor& q,
     const Tensor& k, const Tensor& v, const OptionalTensor& g, const OptionalTensor& initial_state,
-    const OptionalTensor& initial_z, const OptionalTensor& cu_seqlens, const OptionalTensor& out,
-    int64_t needs, double scale, bool normalize, double eps) {
+    const OptionalTensor& initial_z, const OptionalTensor& cu_seqlens, int64_t needs, double scale,
+    bool normalize, double eps) {
   constexpr char op[] = "linear_attention_backward";
   scan::ChunkScanArgs a = chunk_args(op, q, k, v, g, initial_state, cu_seqlens, scale);
   a.initial_z = view(op, "initial_z", initial_z);
   a.normalize = normalize;
   a.eps = eps;
-  a.out = view(op, "out", out);
   scan::ChunkScanGrads grads;
   grads.dout = view(op, "dout", dout);
   grads.dstate = view(op, "dstate", dstate);
@@ -161,8 +160,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MEMKERNELS_NAMESPACE, m) {
       "bool output_final_state) -> (Tensor out, Tensor state, Tensor z)");
   m.def(
       "linear_attention_backward(Tensor dout, Tensor? dstate, Tensor? dz, Tensor q, Tensor k, "
-      "Tensor v, Tensor? g, Tensor? initial_state, Tensor? initial_z, Tensor? cu_seqlens, "
-      "Tensor? out, *, int needs, float scale, bool normalize, float eps) "
+      "Tensor v, Tensor? g, Tensor? initial_state, Tensor? initial_z, Tensor? cu_seqlens, *, "
+      "int needs, float scale, bool normalize, float eps) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dinitial_state, Tensor dinitial_z)");
   m.def(
       "delta_rule(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial_state, "
