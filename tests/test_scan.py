@@ -50,11 +50,13 @@ def tokens_of(op, arguments, result, n):
     return [out[b : b + 1, start:stop], *(s if s is None else s[n : n + 1] for s in states)]
 
 
-def check_scan(ops, op, arguments):
+def check_scan(ops, op, arguments, slack=SLACK):
     """Its results, and gradients, unless those are autograd's."""
-    result = check(ops, op, arguments, slack=SLACK)
+    result = check(ops, op, arguments, slack)
     if ops is not PLAIN:
-        check_gradients(ops, op, arguments, slack=4 * SLACK)
+        # What a normaliser's gradient is computed from is the rounded result.
+        saved = arguments["v"].dtype if arguments.get("normalize") else None
+        check_gradients(ops, op, arguments, 2 * slack, saved)
     return result
 
 
@@ -168,7 +170,7 @@ def test_a_sequence_in_two_parts_is_the_sequence(scan_ops, example, at):
 
 @each_example
 def test_nan_stays_in_its_sequence(scan_ops, example):
-    """And reaches none of its tokens that came before; gradients stay there, too."""
+    """As do its gradients; within, it may reach all tokens of its chunk."""
     op, arguments = arguments_of(example, [9, 30, 0, 9])
     clean = outcome(scan_ops, op, arguments)
     function = getattr(scan_ops, op)
@@ -180,7 +182,6 @@ def test_nan_stays_in_its_sequence(scan_ops, example):
         actual = outcome(scan_ops, op, dirty)
         for n in 0, 2, 3:
             assert_same_bits(*(tokens_of(op, arguments, x, n) for x in (actual, clean)))
-        assert_same_bits(actual[0][:, :20], clean[0][:, :20])
         assert actual[0][:, 20].isnan().any()
         grads = gradients(function, dirty)
         for each in OF_TOKENS[op]:

@@ -323,7 +323,10 @@ def diagonal_scan(
     else:
         if not a.is_complex():
             a = torch.complex(a, torch.zeros_like(a))
-        pairs = tuple(t if t is None else torch.view_as_real(t) for t in (x, a, initial_state))
+        pairs = tuple(
+            torch.view_as_real(t) if t is not None and t.is_complex() else t
+            for t in (x, a, initial_state)
+        )
     h, state = _library.call(_diagonal_scan, pairs, *pairs, reset, cu_seqlens, **options)
     if x.is_complex():
         h, state = torch.view_as_complex(h), torch.view_as_complex(state)
