@@ -375,10 +375,9 @@ def vllm_linear_step(x: Inputs, states: list[Tensor]) -> dict[str, Callable]:
 
 def vllm_conv_step(x: Inputs, states: list[Tensor]) -> dict[str, Callable]:
     op = vllm_op("causal_conv1d_update_cpu_vec")
-    slots = torch.arange(len(x["x"]), dtype=torch.int32)
 
     def run(state):
-        return op(x["x"].clone(), state, x["weight"], None, "silu", slots, None, -1), state
+        return op(x["x"], state, x["weight"], None, "silu", None, None, -1), state
 
     return {"vLLM causal_conv1d_update": run}
 
@@ -387,11 +386,13 @@ def vllm_conv_step(x: Inputs, states: list[Tensor]) -> dict[str, Callable]:
 
 
 def taylor2(x: Tensor) -> Tensor:
-    dim = x.shape[-1]
-    first, second = torch.triu_indices(dim, dim)
-    factors = torch.where(first == second, 0.5**0.5, 1.0) * dim**-0.5
-    products = x[..., first] * x[..., second] * factors
-    return torch.cat([torch.ones_like(x[..., :1]), x * dim**-0.25, products], -1)
+    """In slices, which is many times faster than gathering pairs."""
+    root = x * x.shape[-1] ** -0.25
+    parts = [torch.ones_like(x[..., :1]), root]
+    for i in range(x.shape[-1]):
+        one = root[..., i : i + 1]
+        parts += [one.square() * 0.5**0.5, one * root[..., i + 1 :]]
+    return torch.cat(parts, -1)
 
 
 def dpfp(x: Tensor, nu: int = 3) -> Tensor:
