@@ -84,6 +84,8 @@ class InfiniAttention(nn.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         ok = num_heads % num_kv_heads == 0
         _check(ok, f"num_heads must be a multiple of {num_kv_heads}, got {num_heads}")
+        ok = head_dim is not None or dim % num_heads == 0
+        _check(ok, f"dim must be a multiple of {num_heads} without head_dim, got {dim}")
         head_dim = dim // num_heads if head_dim is None else head_dim
         ok = rope_base is None or head_dim % 2 == 0
         _check(ok, f"head_dim must be even to be rotated, got {head_dim}")
@@ -151,10 +153,8 @@ class InfiniAttention(nn.Module):
         )
         heads, group = k.shape[2], q.shape[2] // k.shape[2]
         with torch.autocast(q.device.type, enabled=False):  # sums as wide as the memory
-            f = memkernels.feature_map(q, "elu1").to(memory.dtype)
-            f = (
-                f.unflatten(2, (heads, group)).transpose(1, 2).flatten(2, 3)
-            )  # [B, Hkv, n * group, D]
+            f = memkernels.feature_map(q, "elu1").to(memory.dtype).unflatten(2, (heads, group))
+            f = f.transpose(1, 2).flatten(2, 3)  # [B, Hkv, n * group, D]
             found = f @ memory / (f @ z[..., None] + self._eps)
             found = found.unflatten(2, (count, group)).transpose(1, 2).flatten(2, 3)
         gate = self.gate[:, None].sigmoid()
@@ -176,10 +176,8 @@ class InfiniAttention(nn.Module):
         batch, _, heads, dim = k.shape
         wide = torch.promote_types(k.dtype, torch.float32)
         none = k.new_zeros(batch, 0, heads, dim)
-        memory, z = (
-            k.new_zeros(batch, heads, *sizes, dtype=wide) for sizes in ((dim, dim), (dim,))
-        )
-        return InfiniState(memory, z, none, none)
+        z = k.new_zeros(batch, heads, dim, dtype=wide)
+        return InfiniState(z.new_zeros(batch, heads, dim, dim), z, none, none)
 
     def _check_state(self, state: InfiniState, k: Tensor) -> None:
         batch, _, heads, dim = k.shape
@@ -194,8 +192,8 @@ class InfiniAttention(nn.Module):
 
 def _segments(length: int, size: int) -> list[int]:
     """The lengths of at least one segment."""
-    whole, rest = divmod(length, size)
-    return [size] * whole + [rest] * (rest > 0 or whole == 0)
+    starts = range(0, max(length, 1), size)
+    return [min(size, length - start) for start in starts]
 
 
 def _check(ok: bool, message: str) -> None:
