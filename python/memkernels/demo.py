@@ -512,7 +512,7 @@ def main(quick: bool = False, out: str = "memkernels_demo.png") -> None:
     models = {
         "attention, MLPs": model,
         "memory for one MLP": remembering,
-        "delta net for one attention": hybrid,
+        "delta net in one layer": hybrid,
     }
     trainings, held_out_loss = {}, {}
     for name, each in models.items():
