@@ -160,11 +160,12 @@ def infini_update(
         expected = _lse_dtype(k.dtype)
         _check(t.dtype == expected, op, f"{name} must be {expected}, got {t.dtype}")
     _check(v.dtype == k.dtype, op, f"v must be {k.dtype} as k is, got {v.dtype}")
-    k = k.to(state.dtype).transpose(1, 2).repeat_interleave(v.shape[2] // heads, dim=1)
-    u = v.to(state.dtype).transpose(1, 2)
-    if delta:
-        u = u - k @ state / ((k @ z[..., None]) + eps)
-    return state + k.mT @ u, z + k.sum(2)
+    with torch.autocast(k.device.type, enabled=False):
+        k = k.to(state.dtype).transpose(1, 2).repeat_interleave(v.shape[2] // heads, dim=1)
+        u = v.to(state.dtype).transpose(1, 2)
+        if delta:
+            u = u - k @ state / ((k @ z[..., None]) + eps)
+        return state + k.mT @ u, z + k.sum(2)
 
 
 def selective_scan(
