@@ -151,6 +151,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta_rule_backward(
   Tensor dinitial_state = gradient(op, needs, 5, a.initial_state, grads.dinitial_state);
   scan::chunk_scan_backward(op, a, grads, OpContext(op, a.q.device));
   return {dq, dk, dv, dbeta, dg, dinitial_state};
+}
+
 // ---- selective scan ----
 
 scan::SelectiveScanArgs selective_args(const char* op, const Tensor& u, const Tensor& delta,
