@@ -340,6 +340,10 @@ struct Chunk {
   }
 
  private:
+  MK_INLINE Vec<A> decay_at(int64_t i, int64_t c) const {
+    return channels ? load(decay + i * ld + c) : splat(gate[i]);
+  }
+
   A scalar(const TensorView& x, int64_t i) const {
     const int64_t offset = offset_of(x, task.tokens.batch, begin + i, task.head);
     return static_cast<A>(load_scalar(x.data, x.dtype, offset));
@@ -369,10 +373,6 @@ struct Chunk {
       read_row(row_at<A>(args.g, b, t, task.head), K, ld, row);
     }
     for (int64_t c = 0; c < ld; c += W) store(row + c, exp(load(row + c)));
-  }
-
-  MK_INLINE Vec<A> decay_at(int64_t i, int64_t c) const {
-    return channels ? load(decay + i * ld + c) : splat(gate[i]);
   }
 
   void decays() const {
