@@ -793,7 +793,8 @@ def _needs(ctx):
 
 
 def _dense(grad):
-    return None if grad is None else grad.contiguous()
+    """None for that of a state that was not asked for, of which compilers make a tensor."""
+    return None if grad is None or grad.shape[0] == 0 else grad.contiguous()
 
 
 def _asked(grads, needs, inputs):
