@@ -5,8 +5,50 @@
 #include "bindings/torch/convert.h"
 #include "core/check.h"
 #include "scan/sequences.h"
+#include "scan/state_step.h"
 
 namespace memkernels::binding {
+
+namespace {
+
+Tensor state_step(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                  const Tensor& state, const OptionalTensor& g, const OptionalTensor& state_indices,
+                  scan::StateStepArgs a) {
+  a.q = view(op, "q", q);
+  a.k = view(op, "k", k);
+  a.v = view(op, "v", v);
+  a.g = view(op, "g", g);
+  a.state = view(op, "state", state);
+  a.state_indices = view(op, "state_indices", state_indices);
+  Tensor out = empty_like(a.v);
+  a.out = view(op, "out", out);
+  scan::state_step(op, a, OpContext(op, a.q.device));
+  return out;
+}
+
+Tensor linear_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
+                             const OptionalTensor& z, const OptionalTensor& g,
+                             const OptionalTensor& state_indices, double scale, double eps) {
+  constexpr char op[] = "linear_attention_step";
+  scan::StateStepArgs a;
+  a.z = view(op, "z", z);
+  a.scale = scale;
+  a.eps = eps;
+  return state_step(op, q, k, v, state, g, state_indices, a);
+}
+
+Tensor delta_rule_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
+                       const Tensor& state, const OptionalTensor& g,
+                       const OptionalTensor& state_indices, double scale, bool qk_l2norm) {
+  constexpr char op[] = "delta_rule_step";
+  scan::StateStepArgs a;
+  a.beta = view(op, "beta", beta);
+  a.scale = scale;
+  a.qk_l2norm = qk_l2norm;
+  return state_step(op, q, k, v, state, g, state_indices, a);
+}
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MEMKERNELS_NAMESPACE, m) {
   m.def(
@@ -72,6 +114,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MEMKERNELS_NAMESPACE, m) {
       "Tensor? state_indices, *, int dilation, str activation) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) {}
+STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) {
+  m.impl("linear_attention_step", TORCH_BOX(&linear_attention_step));
+  m.impl("delta_rule_step", TORCH_BOX(&delta_rule_step));
+}
 
 }  // namespace memkernels::binding
