@@ -797,7 +797,8 @@ def _needs(ctx):
 
 
 def _dense(grad):
-    return None if grad is None else grad.contiguous()
+    """None, too, for the gradient of a state that was not asked for, which is empty."""
+    return None if grad is None or grad.numel() == 0 else grad.contiguous()
 
 
 def _asked(grads, needs, inputs):
