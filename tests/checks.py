@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,18 +12,40 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+import memkernels
 from cases import arrays
-from memkernels import fallback, reference
+from memkernels import _library, reference
 from tolerance import assert_accurate, unchanged
 
-# What ops write, in place of returning it; embedding_bag_backward only if it is given.
+# What ops write, the steps beside what they return, others in its place; where it is given.
 WRITTEN = {
     "update_summaries": ["summary"],
     "embedding_bag_backward": ["out"],
     "row_sgd": ["param"],
     "row_adagrad": ["param", "sum"],
     "row_adam": ["param", "exp_avg", "exp_avg_sq"],
+    "linear_attention_step": ["state", "z"],
+    "delta_rule_step": ["state"],
+    "selective_scan_step": ["state"],
+    "causal_conv1d_step": ["state"],
 }
+
+
+class _Plain:
+    """The public ops as they are where there are no kernels: in plain torch."""
+
+    def __getattr__(self, op):
+        function = getattr(memkernels, op)
+
+        @functools.wraps(function)
+        def run(*args, **options):
+            with mock.patch.object(_library, "_BACKEND", "torch"):
+                return function(*args, **options)
+
+        return run
+
+
+PLAIN = _Plain()
 
 
 def at_random(**strategies):
@@ -34,14 +58,20 @@ def tensors(arguments):
     return {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
 
 
+def as_tuple(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
 def outcome(ops, op, arguments):
-    """What an op returns; of one that writes instead, what it has written."""
+    """What an op returns; of one that writes, what it has written, behind other results."""
     written = [n for n in WRITTEN.get(op, []) if arguments.get(n) is not None]
     arguments = arguments | {name: arguments[name].clone() for name in written}
     with unchanged(*(value for name, value in arguments.items() if name not in written)):
         result = getattr(ops, op)(**arguments)
     if written:
-        result = tuple(arguments[name] for name in written)
+        states = tuple(arguments[name] for name in written)
+        beside = () if result is None or result is states[0] else (result,)
+        result = beside + states
         return result if len(result) > 1 else result[0]
     return result
 
@@ -50,18 +80,17 @@ def check(ops, op, arguments, slack=1):
     """Against the reference: indices exactly, numbers as accurately as sums in float32 are."""
     actual = outcome(ops, op, arguments)
     exact = getattr(reference, op)(**arrays(arguments))
-    baseline = outcome(fallback, op, arguments)
-    if isinstance(actual, Tensor):
-        check_result(actual, exact, baseline, slack)
-    else:
-        for each in zip(actual, exact, baseline, strict=True):
-            check_result(*each, slack)
+    baseline = outcome(PLAIN, op, arguments)
+    for each in zip(*(as_tuple(x) for x in (actual, exact, baseline)), strict=True):
+        check_result(*each, slack)
     return actual
 
 
 def check_result(actual, exact, baseline, slack):
-    if actual.is_floating_point():
-        assert_accurate(actual, exact, baseline, dtype=actual.dtype, slack=slack)
+    if actual is None:
+        assert exact is None
+    elif inexact(actual):
+        assert_accurate(actual, exact, baseline, dtype=actual.dtype.to_real(), slack=slack)
     else:
         np.testing.assert_array_equal(actual.numpy(), exact)
 
@@ -98,42 +127,58 @@ def put(tensor, place, value):
 # ---- gradients -----------------------------------------------------------------------------------
 
 
+def inexact(value):
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
 def upstream(result):
     """Random gradients, the same numbers in every dtype; for what ignores its inputs, too."""
+    if result.is_complex():
+        return torch.view_as_complex(upstream(torch.view_as_real(result)))
     generator = torch.Generator().manual_seed(1)
     return torch.randn(result.shape, generator=generator).bfloat16().to(result.dtype)
 
 
 def floats(arguments):
-    """The floating tensors, which are the differentiable ones."""
-    return {name: t for name, t in tensors(arguments).items() if t.is_floating_point()}
+    """The floating and complex tensors, which are the differentiable ones."""
+    return {name: value for name, value in arguments.items() if inexact(value)}
+
+
+def in_float64(arguments):
+    """The floating and complex tensors, widened."""
+    return {
+        name: t.to(torch.promote_types(t.dtype, torch.float64))
+        for name, t in floats(arguments).items()
+    }
 
 
 def floating(result):
     """Of an op's results the one that has gradients."""
-    if isinstance(result, Tensor):
-        return result
-    (result,) = (x for x in result if x.is_floating_point())
+    (result,) = (x for x in as_tuple(result) if inexact(x))
     return result
 
 
 def gradients(function, arguments, names=None):
-    """For the named arguments, by default all floating ones."""
+    """For the named arguments, by default all floating ones, through all results."""
     names = list(floats(arguments)) if names is None else names
     leaves = {name: arguments[name].detach().requires_grad_() for name in names}
-    result = floating(function(**arguments | leaves))
-    grads = torch.autograd.grad(result, leaves.values(), upstream(result))
+    results = as_tuple(function(**arguments | leaves))
+    results = [x for x in results if inexact(x) and x.requires_grad]
+    grads = torch.autograd.grad(
+        results, leaves.values(), [upstream(x) for x in results], materialize_grads=True
+    )
     return dict(zip(names, grads, strict=True))
 
 
-def check_gradients(ops, op, arguments, slack=4):
-    """Against autograd through the fallback, in float64."""
+def check_gradients(ops, op, arguments, slack=4, saved=None):
+    """Against autograd through the fallback, in float64; saved is the dtype of a result from which
+    gradients are computed, where that is less accurate than theirs."""
     actual = gradients(getattr(ops, op), arguments)
-    in_float64 = {name: t.double() for name, t in floats(arguments).items()}
-    exact = gradients(getattr(fallback, op), arguments | in_float64)
-    baseline = gradients(getattr(fallback, op), arguments)
+    exact = gradients(getattr(PLAIN, op), arguments | in_float64(arguments))
+    baseline = gradients(getattr(PLAIN, op), arguments)
     for name, grad in actual.items():
         assert grad.dtype == arguments[name].dtype
-        accuracy = {"dtype": grad.dtype, "name": f"gradient of {name}", "slack": slack}
+        dtype = grad.dtype.to_real() if saved is None else saved
+        accuracy = {"dtype": dtype, "name": f"gradient of {name}", "slack": slack}
         assert_accurate(grad, exact[name], baseline[name], **accuracy)
     return actual

@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 import torch
 
+import checks
 import cuda_ops
 import memkernels
 from memkernels import fallback
@@ -75,6 +76,12 @@ def selection_ops(request):
 def lookup_ops(request):
     """The backends of the lookup family, which has no CUDA kernels yet."""
     return backend(request.param)
+
+
+@pytest.fixture(scope="session", params=["native", "fallback"])
+def scan_ops(request):
+    """The backends of the scan family, which has no CUDA kernels yet."""
+    return checks.PLAIN if request.param == "fallback" else backend(request.param)
 
 
 @pytest.fixture

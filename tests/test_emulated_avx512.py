@@ -31,6 +31,14 @@ TESTS = (
     "test_engram.py",
     "test_product_keys.py",
     "test_row_updates.py",
+    "test_scan.py",
+    "test_linear_attention.py",
+    "test_delta_rule.py",
+    "test_selective_scan.py",
+    "test_diagonal_scan.py",
+    "test_causal_conv1d.py",
+    "test_scan_steps.py",
+    "test_feature_map.py",
 )
 # What does not run the kernels, or measures them.
 EXCLUDED = ("fallback", "every_isa", "compile", "export", "opcheck", "saves_time")

@@ -99,4 +99,8 @@ def _root_mean_square(x):
 
 
 def _float64(x):
-    return x.detach().double().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+    """Complex numbers as pairs."""
+    if isinstance(x, torch.Tensor):
+        x = x.detach()
+        return (torch.view_as_real(x) if x.is_complex() else x).double().numpy()
+    return np.stack([x.real, x.imag], -1) if np.iscomplexobj(x) else np.asarray(x)

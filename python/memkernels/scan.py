@@ -160,11 +160,12 @@ def infini_update(
         expected = _lse_dtype(k.dtype)
         _check(t.dtype == expected, op, f"{name} must be {expected}, got {t.dtype}")
     _check(v.dtype == k.dtype, op, f"v must be {k.dtype} as k is, got {v.dtype}")
-    k = k.to(state.dtype).transpose(1, 2).repeat_interleave(v.shape[2] // heads, dim=1)
-    u = v.to(state.dtype).transpose(1, 2)
-    if delta:
-        u = u - k @ state / ((k @ z[..., None]) + eps)
-    return state + k.mT @ u, z + k.sum(2)
+    with torch.autocast(k.device.type, enabled=False):
+        k = k.to(state.dtype).transpose(1, 2).repeat_interleave(v.shape[2] // heads, dim=1)
+        u = v.to(state.dtype).transpose(1, 2)
+        if delta:
+            u = u - k @ state / ((k @ z[..., None]) + eps)
+        return state + k.mT @ u, z + k.sum(2)
 
 
 def selective_scan(
@@ -323,7 +324,10 @@ def diagonal_scan(
     else:
         if not a.is_complex():
             a = torch.complex(a, torch.zeros_like(a))
-        pairs = tuple(t if t is None else torch.view_as_real(t) for t in (x, a, initial_state))
+        pairs = tuple(
+            torch.view_as_real(t) if t is not None and t.is_complex() else t
+            for t in (x, a, initial_state)
+        )
     h, state = _library.call(_diagonal_scan, pairs, *pairs, reset, cu_seqlens, **options)
     if x.is_complex():
         h, state = torch.view_as_complex(h), torch.view_as_complex(state)
@@ -668,7 +672,7 @@ def _fake_chunk_gradients(needs, inputs, gate):
 
 @_fake("linear_attention_backward")
 def _(
-    dout, dstate, dz, q, k, v, g, initial_state, initial_z, cu_seqlens, out, *, needs, scale,
+    dout, dstate, dz, q, k, v, g, initial_state, initial_z, cu_seqlens, *, needs, scale,
     normalize, eps,
 ):  # fmt: skip
     return _fake_chunk_gradients(needs, (q, k, v, g, initial_state, initial_z), gate=3)
@@ -780,11 +784,11 @@ def _(x, weight, state, bias, state_indices, *, dilation, activation):
     return x.new_empty(x.shape)
 
 
-def _context(ctx, inputs, keyword_only_inputs, output, saved=()):
+def _context(ctx, inputs, keyword_only_inputs, output):
     ctx.set_materialize_grads(False)
     ctx.options = dict(keyword_only_inputs)
     ctx.options.pop("output_final_state", None)
-    ctx.save_for_backward(*inputs, *saved)
+    ctx.save_for_backward(*inputs)
 
 
 def _needs(ctx):
@@ -793,8 +797,8 @@ def _needs(ctx):
 
 
 def _dense(grad):
-    """None for that of a state that was not asked for, of which compilers make a tensor."""
-    return None if grad is None or grad.shape[0] == 0 else grad.contiguous()
+    """None, too, for the gradient of a state that was not asked for, which is empty."""
+    return None if grad is None or grad.numel() == 0 else grad.contiguous()
 
 
 def _asked(grads, needs, inputs):
@@ -817,17 +821,12 @@ def _chunk_gradients(grads, needs, inputs, gate):
     return _in_dtypes(grads, inputs)
 
 
-def _linear_context(ctx, inputs, keyword_only_inputs, output):
-    out = output[0] if keyword_only_inputs["normalize"] else None
-    _context(ctx, inputs, keyword_only_inputs, output, (out,))
-
-
 def _linear_gradient(ctx, dout, dstate, dz):
-    *inputs, out = ctx.saved_tensors
+    inputs = ctx.saved_tensors
     needs = _needs(ctx)
     dout = torch.zeros_like(inputs[2]) if dout is None else dout.contiguous()
     grads = _linear_attention_backward(
-        dout, _dense(dstate), _dense(dz), *inputs, out, needs=needs, **ctx.options
+        dout, _dense(dstate), _dense(dz), *inputs, needs=needs, **ctx.options
     )
     return _chunk_gradients(grads, needs, inputs, gate=3)
 
@@ -877,7 +876,7 @@ def _feature_gradient(ctx, dout):
 
 
 for _op, _backward, _setup in (
-    (_linear_attention, _linear_gradient, _linear_context),
+    (_linear_attention, _linear_gradient, _context),
     (_delta_rule, _delta_gradient, _context),
     (_selective_scan, _selective_gradient, _context),
     (_diagonal_scan, _diagonal_gradient, _diagonal_context),

@@ -1,0 +1,131 @@
+"""Mamba's selective scan."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from checks import at_random, check_error, outcome, put
+from scan_cases import selective_case
+from test_attention import DTYPES
+from test_scan import check_scan
+from test_selection import INDEX_DTYPES
+from tolerance import assert_same_bits
+
+SELECTIVE = "selective_scan"
+EXTRAS = ["", "D", "z", "b", "Dzb"]
+
+
+@at_random(
+    lengths=st.tuples(st.integers(0, 3), st.integers(0, 70))
+    | st.lists(st.sampled_from([0, 1, 16]) | st.integers(0, 70), max_size=5),
+    per_group=st.integers(1, 20),
+    groups=st.integers(1, 3),
+    size=st.integers(1, 20),
+    extras=st.sampled_from(EXTRAS),
+    delta_softplus=st.booleans(),
+    states=st.booleans(),
+    padded=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    index_dtype=st.sampled_from(INDEX_DTYPES),
+    seed=st.integers(0, 2**16),
+)
+def test_at_random(scan_ops, per_group, groups, **sizes):
+    arguments = selective_case(channels=per_group * groups, groups=groups, **sizes)
+    check_scan(scan_ops, SELECTIVE, arguments)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (5, 3), (33, 16), (130, 16), (64, 128), (3, 256)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes(scan_ops, sizes, dtype):
+    arguments = selective_case((1, 65), *sizes, extras="Dzb", states=True, dtype=dtype)
+    check_scan(scan_ops, SELECTIVE, arguments)
+
+
+@pytest.mark.parametrize("delta_softplus", [False, True])
+@pytest.mark.parametrize("extras", EXTRAS)
+def test_extras(scan_ops, extras, delta_softplus):
+    for states in False, True:
+        sizes = {"groups": 3, "extras": extras, "states": states}
+        arguments = selective_case([33, 0, 9], 12, 5, **sizes, delta_softplus=delta_softplus)
+        check_scan(scan_ops, SELECTIVE, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_softplus_is_never_cut_off(scan_ops, dtype):
+    """Of numbers of any size, with the gradient there."""
+    values = torch.tensor([-800.0, -90, -30, -15, -1e-3, 0, 1e-3, 15, 19.9, 20.1, 30, 90])
+    arguments = selective_case((1, len(values)), 3, 2, delta_softplus=True, dtype=dtype)
+    arguments["delta"] = values.to(dtype)[None, :, None].expand(-1, -1, 3).contiguous()
+    check_scan(scan_ops, SELECTIVE, arguments)
+    # Of tiny ones alone, where the result is nothing but them.
+    few = {name: arguments[name][:, 2:4] for name in ("u", "delta", "B", "C")}
+    out, _ = outcome(scan_ops, SELECTIVE, arguments | few)
+    assert (out[:, 0].abs() < 1e-11).all() and out[:, 0].all()
+
+
+def test_decays_of_nothing_and_everything(scan_ops):
+    """delta of 0 keeps the state; a huge one forgets it."""
+    arguments = selective_case((1, 40), 4, 3, states=True)
+    arguments["delta"].zero_()
+    _, state = check_scan(scan_ops, SELECTIVE, arguments)
+    assert_same_bits(state, arguments["initial_state"])
+    arguments["delta"][:, 20] = 1e5
+    check_scan(scan_ops, SELECTIVE, arguments)
+
+
+def test_growth(scan_ops):
+    """A may be positive."""
+    arguments = selective_case((2, 40), 4, 3, states=True)
+    arguments["A"] = arguments["A"].abs() / 10
+    check_scan(scan_ops, SELECTIVE, arguments)
+
+
+def test_nan_stays_in_its_channels(scan_ops):
+    arguments = selective_case((2, 30), 8, 5, groups=2, extras="Dzb", states=True)
+    clean = outcome(scan_ops, SELECTIVE, arguments)
+    one, group = [5], [4, 5, 6, 7]
+    for name, place, touched in [
+        ("u", (1, 9, 5), one), ("delta", (1, 9, 5), one), ("z", (1, 9, 5), one), ("D", (5,), one),
+        ("delta_bias", (5,), one), ("A", (5, 2), one), ("initial_state", (1, 5, 2), one),
+        ("B", (1, 9, 1, 2), group), ("C", (1, 9, 1, 2), group),
+    ]:  # fmt: skip
+        dirty = arguments | {name: put(arguments[name], place, torch.nan)}
+        others = torch.tensor([channel for channel in range(8) if channel not in touched])
+        for dim, x, y in zip((2, 1), outcome(scan_ops, SELECTIVE, dirty), clean, strict=True):
+            assert_same_bits(x.index_select(dim, others), y.index_select(dim, others))
+
+
+ERRORS = {
+    "rank_of_u": ("u", lambda c: {"u": c.u[0]}),
+    "integer_u": ("u", lambda c: {"u": c.u.int()}),
+    "tokens_of_delta": ("delta", lambda c: {"delta": c.delta[:, :-1]}),
+    "columns_of_delta": ("delta", lambda c: {"delta": c.delta[..., :-1]}),
+    "dtype_of_delta": ("delta", lambda c: {"delta": c.delta.half()}),
+    "channels_of_A": ("A", lambda c: {"A": c.A[:-1]}),
+    "rank_of_A": ("A", lambda c: {"A": c.A[:, 0]}),
+    "narrow_A": ("A", lambda c: {"A": c.A.half()}),
+    "tokens_of_B": ("B", lambda c: {"B": c.B[:, :-1]}),
+    "groups_of_both": ("B|C", lambda c: {"B": c.B[:, :, [0, 1, 1]], "C": c.C[:, :, [0, 1, 1]]}),
+    "columns_of_B": ("B", lambda c: {"B": c.B[..., :-1]}),
+    "dtype_of_B": ("B", lambda c: {"B": c.B.half()}),
+    "rank_of_B": ("B", lambda c: {"B": c.B[:, :, 0]}),
+    "groups_of_C": ("C", lambda c: {"C": c.C[:, :, :1]}),
+    "columns_of_C": ("C", lambda c: {"C": c.C[..., :-1]}),
+    "dtype_of_C": ("C", lambda c: {"C": c.C.half()}),
+    "channels_of_D": ("D", lambda c: {"D": c.D[:-1]}),
+    "narrow_D": ("D", lambda c: {"D": c.D.half()}),
+    "tokens_of_z": ("z", lambda c: {"z": c.z[:, :-1]}),
+    "dtype_of_z": ("z", lambda c: {"z": c.z.half()}),
+    "channels_of_bias": ("delta_bias", lambda c: {"delta_bias": c.delta_bias[:-1]}),
+    "narrow_bias": ("delta_bias", lambda c: {"delta_bias": c.delta_bias.half()}),
+    "channels_of_state": ("initial_state", lambda c: {"initial_state": c.initial_state[:, :-1]}),
+    "narrow_state": ("initial_state", lambda c: {"initial_state": c.initial_state.half()}),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_errors_name_the_argument_and_change_nothing(scan_ops, error):
+    arguments = selective_case((2, 9), 8, 5, groups=2, extras="Dzb", states=True)
+    check_error(scan_ops, SELECTIVE, arguments, ERRORS[error])
