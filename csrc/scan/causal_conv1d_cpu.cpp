@@ -16,42 +16,58 @@
 namespace memkernels::scan {
 namespace {
 
-using lookup::for_columns;
+using lookup::PartOfVector;
+using lookup::WholeVector;
 
 constexpr int kTokens = 4;
 constexpr int kMostTaps = 16;
 
+// x times it is silu(x). Below -87 it stays what it is there, 1e-38.
 template <class A>
 MK_INLINE Vec<A> sigmoid(Vec<A> x) {
-  const Vec<A> e = exp(x < 0 ? x : -x);
-  return (x < 0 ? e : splat(A(1))) / (1 + e);
+  return 1 / (1 + exp(-vmax(x, splat(A(-87)))));
 }
 
-// body(taps) with their number as a type where loops over it are worth unrolling, else 0.
-template <class Body>
-MK_INLINE void for_taps(int64_t taps, const Body& body) {
-  switch (taps) {
-    case 2:
-      return body(Int<2>{});
-    case 3:
-      return body(Int<3>{});
-    case 4:
-      return body(Int<4>{});
-    default:
-      return body(Int<0>{});
+// Vectors of channels from `first` up to `last`.
+template <class Vector>
+struct Columns {
+  int64_t first, last;
+  Vector vector;
+};
+
+// body(taps, tokens, first of them, columns) for all channels of tokens [begin, end): kTokens at
+// once, or 1. Taps are 0 where loops over them are not worth a copy of the code.
+template <class A, class Body>
+MK_INLINE void for_tokens(int64_t taps, int64_t channels, int64_t begin, int64_t end,
+                          const Body& body) {
+  const int64_t whole = channels / kLanes<A> * kLanes<A>;
+  const Columns<WholeVector> columns{0, whole, {}};
+  int64_t j = begin;
+  for (; j + kTokens <= end; j += kTokens) {
+    switch (taps) {
+      case 2:
+        body(Int<2>{}, Int<kTokens>{}, j, columns);
+        break;
+      case 3:
+        body(Int<3>{}, Int<kTokens>{}, j, columns);
+        break;
+      case 4:
+        body(Int<4>{}, Int<kTokens>{}, j, columns);
+        break;
+      default:
+        body(Int<0>{}, Int<kTokens>{}, j, columns);
+    }
   }
-}
-
-// body(tokens, first of them) along [begin, end).
-template <class Body>
-MK_INLINE void for_tokens(int64_t begin, int64_t end, const Body& body) {
-  for (; begin + kTokens <= end; begin += kTokens) body(Int<kTokens>{}, begin);
-  for (; begin < end; ++begin) body(Int<1>{}, begin);
+  for (; j < end; ++j) body(Int<0>{}, Int<1>{}, j, columns);
+  if (whole == channels) return;
+  const Columns<PartOfVector> rest{whole, channels, {channels - whole}};
+  for (j = begin; j < end; ++j) body(Int<0>{}, Int<1>{}, j, rest);
 }
 
 template <class T>
 struct CausalConv {
   using A = Acc<T>;
+  static constexpr int W = kLanes<A>;
 
   struct Scratch {
     int64_t pitch;
@@ -61,10 +77,8 @@ struct CausalConv {
     A* p;       // [kConvRun + W - 1, C]
     A* sums;    // [W + 1, C]: dweight and dbias of a run
     A* dstate;  // [kTokens, C]: what a final state's gradient adds
-    A* row;     // [C]
     size_t bytes;
-    Scratch(const CausalConvArgs& a, int64_t channels, void* base)
-        : pitch(round_up(channels, kLanes<A>)) {
+    Scratch(const CausalConvArgs& a, int64_t channels, void* base) : pitch(round_up(channels, W)) {
       const int64_t taps = a.weight.shape[1];
       Arena arena{static_cast<char*>(base)};
       zeros = arena.take<A>(pitch);
@@ -72,7 +86,6 @@ struct CausalConv {
       p = arena.take<A>((kConvRun + taps - 1) * pitch);
       sums = arena.take<A>((taps + 1) * pitch);
       dstate = arena.take<A>(kTokens * pitch);
-      row = arena.take<A>(pitch);
       bytes = arena.used;
     }
   };
@@ -105,7 +118,7 @@ struct CausalConv {
              l * t.stride[2];
     }
     template <class X>
-    void gather(const TensorView& t, int64_t l, X* to) const {
+    __attribute__((noinline)) void gather(const TensorView& t, int64_t l, X* to) const {
       const T* const from = state(t, l);
       for (int64_t c = 0; c < channels; ++c) {
         if constexpr (sizeof(X) == sizeof(T)) {
@@ -118,8 +131,9 @@ struct CausalConv {
   };
 
   // The inputs of tokens [j, j + count), and the W - 1 before them.
-  static void inputs(const CausalConvArgs& a, const Place& at, const Scratch& s, int64_t j,
-                     int64_t count, const T** rows) {
+  __attribute__((noinline)) static void inputs(const CausalConvArgs& a, const Place& at,
+                                               const Scratch& s, int64_t j, int64_t count,
+                                               const T** rows) {
     const int64_t taps = a.weight.shape[1];
     for (int64_t i = 0; i < count + taps - 1; ++i) {
       const int64_t input = j + i - (taps - 1);
@@ -148,46 +162,38 @@ struct CausalConv {
     }
   }
 
-  template <int N, bool kSilu>
   static void forward_run(const CausalConvArgs& a, const A* packed, const Place& at,
                           const Scratch& s) {
     const int64_t taps = a.weight.shape[1], pitch = a.weight.shape[0];
     const A *const weights = packed + at.first, *const bias = weights + taps * pitch;
-    for_tokens(at.run.begin, at.run.end,
-               [&](auto tokens, int64_t j) __attribute__((always_inline)) {
-                 constexpr int R = decltype(tokens)::value;
-                 const T* rows[kTokens + kMostTaps - 1];
-                 inputs(a, at, s, j, R, rows);
-                 T* out[R];
-                 for (int r = 0; r < R; ++r) out[r] = at.row(a.out, j + r);
-                 for_columns<A>(
-                     at.channels, [&](int64_t c, auto vector, int) __attribute__((always_inline)) {
-                       Vec<A> sums[R];
-                       for (int r = 0; r < R; ++r) sums[r] = vector.load(bias + c);
-                       convolve<N, R>(taps, weights, pitch, rows, c, vector, sums);
-                       for (int r = 0; r < R; ++r) {
-                         vector.store(out[r] + c, kSilu ? sums[r] * sigmoid<A>(sums[r]) : sums[r]);
-                       }
-                     });
-               });
+    const bool silu = a.activation == ConvActivation::silu;
+    const auto tokens_from = [&](auto unrolled, auto tokens, int64_t j,
+                                 auto columns) __attribute__((always_inline)) {
+      constexpr int N = decltype(unrolled)::value, R = decltype(tokens)::value;
+      const T* rows[kTokens + kMostTaps - 1];
+      inputs(a, at, s, j, R, rows);
+      T* out[R];
+      for (int r = 0; r < R; ++r) out[r] = at.row(a.out, j + r);
+      for (int64_t c = columns.first; c < columns.last; c += W) {
+        Vec<A> y[R];
+        for (int r = 0; r < R; ++r) y[r] = columns.vector.load(bias + c);
+        convolve<N, R>(taps, weights, pitch, rows, c, columns.vector, y);
+        for (int r = 0; r < R; ++r) {
+          if (silu) y[r] *= sigmoid<A>(y[r]);
+          columns.vector.store(out[r] + c, y[r]);
+        }
+      }
+    };
+    for_tokens<A>(taps, at.channels, at.run.begin, at.run.end, tokens_from);
   }
 
   static void forward(const CausalConvArgs& a, const void* packed, const ConvRun* runs,
                       int64_t num_runs, int64_t first, int64_t last, void* scratch) {
     const Scratch s(a, last - first, scratch);
     memset(s.zeros, 0, s.pitch * sizeof(A));
-    for_taps(a.weight.shape[1], [&](auto taps) __attribute__((always_inline)) {
-      constexpr int N = decltype(taps)::value;
-      for (int64_t i = 0; i < num_runs; ++i) {
-        const Place at(a, runs[i], first, last);
-        const A* const weights = static_cast<const A*>(packed);
-        if (a.activation == ConvActivation::silu) {
-          forward_run<N, true>(a, weights, at, s);
-        } else {
-          forward_run<N, false>(a, weights, at, s);
-        }
-      }
-    });
+    for (int64_t i = 0; i < num_runs; ++i) {
+      forward_run(a, static_cast<const A*>(packed), Place(a, runs[i], first, last), s);
+    }
   }
 
   static void final_state(const CausalConvArgs& a, int64_t sequence, int64_t batch, int64_t start,
@@ -209,22 +215,25 @@ struct CausalConv {
     }
   }
 
-  // p of tokens [begin, end) of a run; with kSums also what they add to dweight and dbias.
-  template <int N, bool kSilu, bool kSums>
-  static void gradient_rows(const CausalConvArgs& a, const CausalConvGrads& g, const A* packed,
-                            const Place& at, const Scratch& s, int64_t begin, int64_t end) {
-    const int64_t taps = N > 0 ? N : a.weight.shape[1], pitch = a.weight.shape[0];
+  // p of tokens [begin, end) of a run; with `sums`, adds their part of dweight and dbias to s.sums.
+  static void token_gradients(const CausalConvArgs& a, const CausalConvGrads& g, const A* packed,
+                              const Place& at, const Scratch& s, int64_t begin, int64_t end,
+                              bool sums) {
+    const int64_t taps = a.weight.shape[1], pitch = a.weight.shape[0];
     const A *const weights = packed + at.first, *const bias = weights + taps * pitch;
-    for_tokens(begin, end, [&](auto tokens, int64_t j) __attribute__((always_inline)) {
-      constexpr int R = decltype(tokens)::value;
+    const bool silu = a.activation == ConvActivation::silu;
+    const auto tokens_from = [&](auto unrolled, auto tokens, int64_t j,
+                                 auto columns) __attribute__((always_inline)) {
+      constexpr int N = decltype(unrolled)::value, R = decltype(tokens)::value;
       const T *rows[kTokens + kMostTaps - 1], *dout[R];
-      if (kSilu || kSums) inputs(a, at, s, j, R, rows);
+      if (silu || sums) inputs(a, at, s, j, R, rows);
       for (int r = 0; r < R; ++r) dout[r] = at.row(g.dout, j + r);
       A* const p = s.p + (j - at.run.begin) * s.pitch;
-      for_columns<A>(at.channels, [&](int64_t c, auto vector, int) __attribute__((always_inline)) {
+      const auto vector = columns.vector;
+      for (int64_t c = columns.first; c < columns.last; c += W) {
         Vec<A> grads[R];
         for (int r = 0; r < R; ++r) grads[r] = vector.load(dout[r] + c);
-        if (kSilu) {
+        if (silu) {
           Vec<A> y[R];
           for (int r = 0; r < R; ++r) y[r] = vector.load(bias + c);
           convolve<N, R>(taps, weights, pitch, rows, c, vector, y);
@@ -234,9 +243,10 @@ struct CausalConv {
           }
         }
         for (int r = 0; r < R; ++r) vector.store(p + r * s.pitch + c, grads[r]);
-        if (!kSums) return;
+        if (!sums) continue;
+        const int64_t count = N > 0 ? N : taps;
 #pragma GCC unroll 4
-        for (int64_t i = 0; i < taps; ++i) {
+        for (int64_t i = 0; i < count; ++i) {
           Vec<A> sum = load(s.sums + i * s.pitch + c);
           for (int r = 0; r < R; ++r) sum += grads[r] * vector.load(rows[r + i] + c);
           store(s.sums + i * s.pitch + c, sum);
@@ -244,78 +254,71 @@ struct CausalConv {
         Vec<A> sum = load(s.sums + taps * s.pitch + c);
         for (int r = 0; r < R; ++r) sum += grads[r];
         store(s.sums + taps * s.pitch + c, sum);
-      });
-    });
+      }
+    };
+    for_tokens<A>(taps, at.channels, begin, end, tokens_from);
   }
 
-  // Gradients of the inputs of tokens [begin, end), negative ones the initial state's. write(token,
-  // column, vector, gradient) takes them.
-  template <int N, int R, class Write>
-  static MK_INLINE void input_gradient(const CausalConvArgs& a, const CausalConvGrads& g,
-                                       const A* packed, const Place& at, const Scratch& s,
-                                       int64_t count, int64_t j, const Write& write) {
-    const int64_t taps = N > 0 ? N : a.weight.shape[1], pitch = a.weight.shape[0];
-    const A *rows[kTokens + kMostTaps - 1], *start[R];
-    for (int64_t i = 0; i < R + taps - 1; ++i) {
-      const bool there = j + i >= 0 && j + i < count;
-      rows[i] = there ? s.p + (j + i - at.run.begin) * s.pitch : s.zeros;
+  // dx of the run's tokens, of `count` that lie a dilation apart, from their p and that of the W -
+  // 1 after them; and, of the first run, the initial state's gradient.
+  static void input_gradients(const CausalConvArgs& a, const CausalConvGrads& g, const A* packed,
+                              const Place& at, const Scratch& s, int64_t count) {
+    const int64_t taps = a.weight.shape[1], pitch = a.weight.shape[0];
+    const A* const last_weights = packed + (taps - 1) * pitch + at.first;
+    const auto tokens_from = [&](auto unrolled, auto tokens, int64_t j,
+                                 auto columns) __attribute__((always_inline)) {
+      constexpr int N = decltype(unrolled)::value, R = decltype(tokens)::value;
+      const A *rows[kTokens + kMostTaps - 1], *start[R];
+      for (int64_t i = 0; i < R + taps - 1; ++i) {
+        const bool there = j + i >= 0 && j + i < count;
+        rows[i] = there ? s.p + (j + i - at.run.begin) * s.pitch : s.zeros;
+      }
+      T* dx[R];
+      for (int r = 0; r < R; ++r) {
+        dx[r] = j < 0 ? s.before + r * s.pitch : at.row(g.dx, j + r);
+        const int64_t l = at.state_length + at.position(j + r) - at.run.length;
+        start[r] = s.zeros;
+        if (l < 0 || g.dstate.data == nullptr) continue;
+        A* const to = s.dstate + r * s.pitch;
+        at.gather(g.dstate, l, to);
+        start[r] = to;
+      }
+      for (int64_t c = columns.first; c < columns.last; c += W) {
+        Vec<A> sums[R];
+        for (int r = 0; r < R; ++r) sums[r] = columns.vector.load(start[r] + c);
+        convolve<N, R>(taps, last_weights, -pitch, rows, c, columns.vector, sums);
+        for (int r = 0; r < R; ++r) columns.vector.store(dx[r] + c, sums[r]);
+      }
+      for (int r = 0; j < 0 && r < R; ++r) {
+        const int64_t size = at.state_length;
+        T* const to = at.state(g.dinitial_state, size + at.position(j + r));
+        for (int64_t c = columns.first; c < columns.last; ++c) to[c * size] = dx[r][c];
+      }
+    };
+    const bool for_initial = g.dinitial_state.data != nullptr && at.run.begin == 0;
+    const int64_t ranges[2][2] = {{for_initial ? 1 - taps : 0, 0},
+                                  {at.run.begin, g.dx.data != nullptr ? at.run.end : at.run.begin}};
+    for (const auto& range : ranges) {
+      for_tokens<A>(taps, at.channels, range[0], range[1], tokens_from);
     }
-    for (int r = 0; r < R; ++r) {
-      const int64_t l = at.state_length + at.position(j + r) - at.run.length;
-      start[r] = s.zeros;
-      if (l < 0 || g.dstate.data == nullptr) continue;
-      A* const to = s.dstate + r * s.pitch;
-      at.gather(g.dstate, l, to);
-      start[r] = to;
-    }
-    const A* const turned = packed + (taps - 1) * pitch + at.first;
-    for_columns<A>(at.channels, [&](int64_t c, auto vector, int) __attribute__((always_inline)) {
-      Vec<A> sums[R];
-      for (int r = 0; r < R; ++r) sums[r] = vector.load(start[r] + c);
-      convolve<N, R>(taps, turned, -pitch, rows, c, vector, sums);
-      for (int r = 0; r < R; ++r) write(r, c, vector, sums[r]);
-    });
   }
 
-  template <int N, bool kSilu>
   static void backward_run(const CausalConvArgs& a, const CausalConvGrads& g, const A* packed,
                            const Place& at, const Scratch& s, A* part) {
     const int64_t taps = a.weight.shape[1], pitch = a.weight.shape[0];
     const ConvRun& run = at.run;
-    const int64_t left = run.length - run.phase;
-    const int64_t count = left > 0 ? (left - 1) / at.dilation + 1 : 0;
-    if (part == nullptr) {
-      gradient_rows<N, kSilu, false>(a, g, packed, at, s, run.begin, run.end);
-    } else {
-      memset(s.sums, 0, (taps + 1) * s.pitch * sizeof(A));
-      gradient_rows<N, kSilu, true>(a, g, packed, at, s, run.begin, run.end);
-      for (int64_t i = 0; i <= taps; ++i) {
-        A* const to = part + i * pitch + at.first;
-        for (int64_t c = 0; c < at.channels; ++c) to[c] += s.sums[i * s.pitch + c];
-      }
+    if (part != nullptr) memset(s.sums, 0, (taps + 1) * s.pitch * sizeof(A));
+    token_gradients(a, g, packed, at, s, run.begin, run.end, part != nullptr);
+    for (int64_t i = 0; part != nullptr && i <= taps; ++i) {
+      A* const to = part + i * pitch + at.first;
+      for (int64_t c = 0; c < at.channels; ++c) to[c] += s.sums[i * s.pitch + c];
     }
     if (g.dx.data == nullptr && g.dinitial_state.data == nullptr) return;
-    const int64_t needed = run.end + taps - 1;
-    gradient_rows<N, kSilu, false>(a, g, packed, at, s, run.end, needed < count ? needed : count);
-    if (g.dx.data != nullptr) {
-      for_tokens(run.begin, run.end, [&](auto tokens, int64_t j) __attribute__((always_inline)) {
-        constexpr int R = decltype(tokens)::value;
-        T* dx[R];
-        for (int r = 0; r < R; ++r) dx[r] = at.row(g.dx, j + r);
-        input_gradient<N, R>(a, g, packed, at, s, count, j,
-                             [&](int r, int64_t c, auto vector, Vec<A> grad)
-                                 __attribute__((always_inline)) { vector.store(dx[r] + c, grad); });
-      });
-    }
-    if (g.dinitial_state.data == nullptr || run.begin > 0) return;
-    const int64_t size = at.state_length;
-    for (int64_t j = 1 - taps; j < 0; ++j) {
-      input_gradient<N, 1>(a, g, packed, at, s, count, j,
-                           [&](int, int64_t c, auto vector, Vec<A> grad)
-                               __attribute__((always_inline)) { vector.store(s.row + c, grad); });
-      T* const to = at.state(g.dinitial_state, size + at.position(j));
-      for (int64_t c = 0; c < at.channels; ++c) to[c * size] = from_acc<T>(s.row[c]);
-    }
+    const int64_t left = run.length - run.phase;
+    const int64_t count = left > 0 ? (left - 1) / at.dilation + 1 : 0;
+    const int64_t needed = run.end + taps - 1 < count ? run.end + taps - 1 : count;
+    token_gradients(a, g, packed, at, s, run.end, needed, false);
+    input_gradients(a, g, packed, at, s, count);
   }
 
   static void backward(const CausalConvArgs& a, const CausalConvGrads& g, const void* packed,
@@ -323,23 +326,13 @@ struct CausalConv {
                        void* part, void* scratch) {
     const Scratch s(a, last - first, scratch);
     memset(s.zeros, 0, s.pitch * sizeof(A));
-    const int64_t pitch = a.weight.shape[0];
     A* const sums = static_cast<A*>(part);
     for (int64_t i = 0; sums != nullptr && i <= a.weight.shape[1]; ++i) {
-      memset(sums + i * pitch + first, 0, (last - first) * sizeof(A));
+      memset(sums + i * a.weight.shape[0] + first, 0, (last - first) * sizeof(A));
     }
-    for_taps(a.weight.shape[1], [&](auto taps) __attribute__((always_inline)) {
-      constexpr int N = decltype(taps)::value;
-      for (int64_t i = 0; i < num_runs; ++i) {
-        const Place at(a, runs[i], first, last);
-        const A* const weights = static_cast<const A*>(packed);
-        if (a.activation == ConvActivation::silu) {
-          backward_run<N, true>(a, g, weights, at, s, sums);
-        } else {
-          backward_run<N, false>(a, g, weights, at, s, sums);
-        }
-      }
-    });
+    for (int64_t i = 0; i < num_runs; ++i) {
+      backward_run(a, g, static_cast<const A*>(packed), Place(a, runs[i], first, last), s, sums);
+    }
   }
 
   static void add_parts(const CausalConvArgs& a, const CausalConvGrads& g, const void* parts,
@@ -401,26 +394,27 @@ struct ConvWeights {
         for (int64_t l = 0; l + 1 < size; ++l) state[l] = state[l + 1];
         if (size > 0) state[size - 1] = x[c];
       }
-      for_columns<A>(count, [&](int64_t c, auto vector, int) __attribute__((always_inline)) {
-        const Vec<A> v = vector.load(y + c);
-        const bool silu = a.activation == ConvActivation::silu;
-        vector.store(out + first + c, silu ? v * sigmoid<A>(v) : v);
-      });
+      lookup::for_columns<A>(count,
+                             [&](int64_t c, auto vector, int) __attribute__((always_inline)) {
+                               const Vec<A> v = vector.load(y + c);
+                               const bool silu = a.activation == ConvActivation::silu;
+                               vector.store(out + first + c, silu ? v * sigmoid<A>(v) : v);
+                             });
     }
   }
 
   static void step(const CausalConvStepArgs& a, const int64_t* slots, int64_t begin, int64_t end) {
     const int64_t channels = a.weight.shape[0];
-    for_taps(a.dilation == 1 ? a.weight.shape[1] : 0,
-             [&](auto taps) __attribute__((always_inline)) {
-               for (int64_t row = begin; row < end; ++row) {
-                 if (slots[row] < 0) {
-                   memset(static_cast<T*>(a.out.data) + row * channels, 0, channels * sizeof(T));
-                 } else {
-                   step_row<decltype(taps)::value>(a, row, slots[row]);
-                 }
-               }
-             });
+    const bool common = a.weight.shape[1] == 4 && a.dilation == 1;
+    for (int64_t row = begin; row < end; ++row) {
+      if (slots[row] < 0) {
+        memset(static_cast<T*>(a.out.data) + row * channels, 0, channels * sizeof(T));
+      } else if (common) {
+        step_row<4>(a, row, slots[row]);
+      } else {
+        step_row<0>(a, row, slots[row]);
+      }
+    }
   }
 };
 
