@@ -236,6 +236,8 @@ struct Chunk {
   A* mask;                   // [kChunk][kChunk] prod_{j < l <= i} d_l of a scalar decay
   A* beta;                   // [kChunk]
   A* gate;                   // [kChunk] the scalar d
+  A* tail;                   // [kBlock][ld] keys of a block, decayed to its end, and
+  A* block_total;            // [ld] what decays over all of it
   Panels<A> columns;         // k transposed: [kChunk / P][round_up(K, W)][P]
 
   int64_t begin;        // the first token
@@ -260,6 +262,8 @@ struct Chunk {
     A** const of_tokens[] = {&q_norm, &k_norm, &beta, &gate};
     for (A** x : of_tokens) *x = arena.take<A>(kChunk);
     total = arena.take<A>(ld + kTileRows);  // past ld its factors are of rows that nobody reads
+    tail = arena.take<A>(kBlock * ld);
+    block_total = arena.take<A>(ld);
     columns.stride = round_up(K, W) * P;
     columns.data = arena.take<A>(kChunk / P * columns.stride);
   }
@@ -499,13 +503,22 @@ struct Chunk {
 
   // Decays the columns of earlier blocks by this block's tokens, and adds this block's.
   void append_columns(int64_t begin, int64_t end) const {
-    for (int64_t c = 0; c < K; ++c) {
-      A product = 1;
+    for (int64_t c = 0; c < ld; c += W) {
+      Vec<A> product = splat(A(1));
       for (int64_t j = end - 1; j >= begin; --j) {
-        columns[j / P][c * P + j % P] = k[j * ld + c] * product;
-        product *= decay[j * ld + c];
+        store(tail + (j - begin) * ld + c, load(k + j * ld + c) * product);
+        product *= load(decay + j * ld + c);
       }
-      for (int64_t j = 0; j < begin; ++j) columns[j / P][c * P + j % P] *= product;
+      store(block_total + c, product);
+    }
+    for (int64_t c = 0; c < K; ++c) {
+      for (int64_t j = 0; j < begin; j += W) {
+        A* column = columns[j / P] + c * P + j % P;
+        store(column, load(column) * block_total[c]);
+      }
+      for (int64_t j = begin; j < end; ++j) {
+        columns[j / P][c * P + j % P] = tail[(j - begin) * ld + c];
+      }
     }
   }
 };

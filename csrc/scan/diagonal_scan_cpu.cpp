@@ -96,7 +96,7 @@ struct Scan {
     Real *const stretch = carry + size, *const total = stretch + size;
     const bool for_a = g.da.data != nullptr, constant = s.a.ndim < s.h.ndim;
     read_state(g.dstate, sequence, begin, size, carry);
-    memset(stretch, 0, 2 * size * sizeof(Real));
+    if (constant) memset(stretch, 0, 2 * size * sizeof(Real));
     for (int64_t t = span.end - 1; t >= span.begin; --t) {
       const T* const dh = at<T>(g.dh, span.batch, t) + begin;
       const T* const a = decay_row(s, span.batch, t) + begin;

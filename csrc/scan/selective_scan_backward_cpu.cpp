@@ -7,8 +7,9 @@
 // exponentials can be computed anew, last chunk first, and stay in the second cache. 2 D S
 // exponentials a token. Gradients of weights are summed within chunks first: one long chain would
 // round more.
-#include "core/cpu/arena.h"
 #include "scan/selective_scan_cpu.h"
+
+#include "core/cpu/arena.h"
 
 namespace memkernels::scan {
 namespace {
@@ -28,7 +29,7 @@ struct Backward {
     Real *decay, *h;                   // [kChunk, size]: exp(delta A), and h after each token
     Real *u, *delta, *slope, *y, *dy;  // [kChunk, kChannels]
     Real *chunk_sums, *sums;           // dA [size], dD and ddelta_bias [kChannels]
-    Real *B, *C, *dB, *dC;             // of a token, the latter [S, lanes]
+    Real *dB, *dC;                     // of a token [S, lanes]
     Real* starts;                      // [chunks, size], to the end
 
     Scratch(void* base, int64_t states) : size(states * kChannels) {
@@ -45,8 +46,6 @@ struct Backward {
       dy = arena.take<Real>(kChunk * kChannels);
       chunk_sums = arena.take<Real>(num_sums());
       sums = arena.take<Real>(num_sums());
-      B = arena.take<Real>(padded);
-      C = arena.take<Real>(padded);
       dB = arena.take<Real>(padded * W);
       dC = arena.take<Real>(padded * W);
       starts = arena.take<Real>(0);
@@ -94,13 +93,13 @@ struct Backward {
       const int64_t t = span.begin + chunk * kChunk;
       Real* const next = s.starts + (chunk + 1) * s.size;
       memcpy(next, next - s.size, s.size * sizeof(Real));
-      read_inputs<T>(a, block, span.batch, t, kChunk, s.delta, s.u, static_cast<Real*>(nullptr));
+      read_inputs<T>(a, block, span.batch, t, kChunk, s.delta, s.u, nullptr);
       for (int64_t i = 0; i < kChunk; ++i) {
         const int64_t row = i * kChannels;
         prefetch_row<T>(a.u, span.batch, t + kChunk + i, block);
         prefetch_row<T>(a.delta, span.batch, t + kChunk + i, block);
         move_on<T>(a, block, span.batch, t + i, s.delta + row, s.u + row, s.A, next, next,
-                   s.y + row, static_cast<Real*>(nullptr));
+                   s.y + row, nullptr);
       }
     }
     read_states(g.dstate, n, states, block, s.dh);
@@ -138,8 +137,8 @@ struct Backward {
   // Token t, the i-th of a chunk, from C . h: dy, and dz.
   MK_INLINE void through_gate(int64_t batch, int64_t t, int64_t i) const {
     const T* dout = at<T>(g.dout, batch, t);
-    const T* z = a.z.data == nullptr ? nullptr : at<T>(a.z, batch, t);
-    T* dz = g.dz.data == nullptr ? nullptr : at<T>(g.dz, batch, t);
+    const T* z = row_of<T>(a.z, batch, t);
+    T* dz = row_of<T>(g.dz, batch, t);
     const Real* D = static_cast<const Real*>(a.D.data);
     for (int64_t c = 0; c < block.count; c += W) {
       const int64_t channel = block.first + c, left = block.count - c, at_c = i * kChannels + c;
@@ -159,10 +158,12 @@ struct Backward {
 
   MK_INLINE void walk_back(int64_t batch, int64_t t, int64_t i, const Real* before) const {
     const Real* D = static_cast<const Real*>(a.D.data);
+    T *const du_row = row_of<T>(g.du, batch, t), *const ddelta_row = row_of<T>(g.ddelta, batch, t);
     // A of -inf decays to an exact 0, which nothing can change.
     const Vec<Real> least = splat(-kLargest<Real>);
-    read_row(at<T>(a.B, batch, t, block.group), states, s.B);
-    read_row(at<T>(a.C, batch, t, block.group), states, s.C);
+    Real B[kMostStates], C[kMostStates];
+    read_row(at<T>(a.B, batch, t, block.group), states, B);
+    read_row(at<T>(a.C, batch, t, block.group), states, C);
     memset(s.dB, 0, round_up(states, W) * W * sizeof(Real));
     memset(s.dC, 0, round_up(states, W) * W * sizeof(Real));
     for (int64_t c = 0; c < block.count; c += W) {
@@ -175,10 +176,10 @@ struct Backward {
       Real *const dh = s.dh + c * states, *const dA = s.chunk_sums + c * states;
       Vec<Real> along_B{}, along_A{};
       for (int64_t k = 0; k < states * W; k += W) {
-        const Vec<Real> dnext = load(dh + k) + dy * s.C[k / W];
+        const Vec<Real> dnext = load(dh + k) + dy * C[k / W];
         store(s.dC + k, load(s.dC + k) + dy * load(h + k));
         store(s.dB + k, load(s.dB + k) + dnext * scaled);
-        along_B += dnext * s.B[k / W];
+        along_B += dnext * B[k / W];
         const Vec<Real> dbefore = dnext * load(decay + k), dpower = dbefore * load(from + k);
         store(dh + k, dbefore);
         store(dA + k, load(dA + k) + dpower * dt);
@@ -190,8 +191,8 @@ struct Backward {
       Real *const dD = s.chunk_sums + s.size + c, *const dbias = dD + kChannels;
       store(dD, load(dD) + dy * u);
       store(dbias, load(dbias) + ddelta);
-      if (g.du.data != nullptr) store_some(at<T>(g.du, batch, t) + channel, left, du);
-      if (g.ddelta.data != nullptr) store_some(at<T>(g.ddelta, batch, t) + channel, left, ddelta);
+      if (du_row != nullptr) store_some(du_row + channel, left, du);
+      if (ddelta_row != nullptr) store_some(ddelta_row + channel, left, ddelta);
     }
     const int64_t row = (batch * a.B.shape[1] + t) * a.B.shape[2] + block.group;
     add_lanes(s.dB, parts.dB, row);

@@ -2,6 +2,7 @@
 // exponentials a token, beside which nothing else counts: a block of channels keeps its states and
 // its part of A in the nearest cache, a lane a channel, and rows of B and C are broadcast.
 #include "scan/selective_scan_cpu.h"
+
 #include "core/cpu/arena.h"
 
 namespace memkernels::scan {
@@ -40,37 +41,26 @@ struct Scan {
       read_states(a.initial_state, n, states, block, s.h);
       for (int64_t t = span.begin; t < span.end; t += kChunk) {
         const int64_t count = span.end - t < kChunk ? span.end - t : kChunk;
-        read_inputs<T>(a, block, span.batch, t, count, s.delta, s.u, static_cast<Real*>(nullptr));
+        read_inputs<T>(a, block, span.batch, t, count, s.delta, s.u, nullptr);
         for (int64_t i = 0; i < count; ++i) {
           const int64_t row = i * kChannels;
           prefetch_row<T>(a.u, span.batch, t + kChunk + i, block);
           prefetch_row<T>(a.delta, span.batch, t + kChunk + i, block);
           if (a.z.data != nullptr) prefetch_row<T>(a.z, span.batch, t + i, block);
           move_on<T>(a, block, span.batch, t + i, s.delta + row, s.u + row, s.A, s.h, s.h,
-                     s.y + row, static_cast<Real*>(nullptr));
+                     s.y + row, nullptr);
         }
         for (int64_t i = 0; i < count; ++i) {
-          write_out(a, block, span.batch, t + i, s.u + i * kChannels, s.y + i * kChannels);
+          const T* const z = row_of<T>(a.z, span.batch, t + i);
+          T* const out = at<T>(a.out, span.batch, t + i);
+          for (int64_t c = 0; c < block.count; c += W) {
+            const int64_t row = i * kChannels + c;
+            write_out(a, z, block.first + c, block.count - c, load(s.u + row), load(s.y + row),
+                      out);
+          }
         }
       }
       if (a.state.data != nullptr) write_states(s.h, states, block, at<Real>(a.state, n));
-    }
-  }
-
-  static MK_INLINE void write_out(const SelectiveScanArgs& a, const Channels& block, int64_t batch,
-                                  int64_t t, const Real* u, const Real* y) {
-    const T* z = a.z.data == nullptr ? nullptr : at<T>(a.z, batch, t);
-    const Real* D = static_cast<const Real*>(a.D.data);
-    T* out = at<T>(a.out, batch, t);
-    for (int64_t c = 0; c < block.count; c += W) {
-      const int64_t channel = block.first + c, left = block.count - c;
-      Vec<Real> sum = load(y + c);
-      if (D != nullptr) sum += load_some(D + channel, left) * load(u + c);
-      if (z != nullptr) {
-        const Vec<Real> gate = load_some(z + channel, left);
-        sum *= gate * sigmoid<Real>(gate);
-      }
-      store_some(out + channel, left, sum);
     }
   }
 };

@@ -57,6 +57,26 @@ struct Delta {
   }
 };
 
+// out of some channels from u and C . h.
+template <class T, class Args>
+MK_INLINE void write_out(const Args& a, const T* z, int64_t channel, int64_t left, Vec<Acc<T>> u,
+                         Vec<Acc<T>> y, T* out) {
+  using Real = Acc<T>;
+  const Real* D = static_cast<const Real*>(a.D.data);
+  if (D != nullptr) y += load_some(D + channel, left) * u;
+  if (z != nullptr) {
+    const Vec<Real> gate = load_some(z + channel, left);
+    y *= gate * sigmoid<Real>(gate);
+  }
+  store_some(out + channel, left, y);
+}
+
+// The row of a token in a tensor that may be absent.
+template <class T>
+MK_INLINE T* row_of(const TensorView& t, int64_t i, int64_t j = 0) {
+  return t.data == nullptr ? nullptr : at<T>(t, i, j);
+}
+
 // Rows [first, first + count) of a [*, S] matrix as states of a block.
 template <class Real>
 MK_INLINE void read_states(const Real* from, int64_t stride, int64_t states, const Channels& block,
@@ -110,15 +130,15 @@ MK_INLINE void prefetch_row(const TensorView& t, int64_t batch, int64_t token,
 constexpr int64_t kChunk = 32;
 
 // delta and u of `count` tokens from t on, and delta's slope or null: [kChunk, kChannels].
-template <class T, class Real = Acc<T>>
+template <class T>
 MK_INLINE void read_inputs(const SelectiveScanArgs& a, const Channels& block, int64_t batch,
-                           int64_t t, int64_t count, Real* delta, Real* u, Real* slope) {
+                           int64_t t, int64_t count, Acc<T>* delta, Acc<T>* u, Acc<T>* slope) {
   for (int64_t i = 0; i < count; ++i) {
-    const T *const u_row = at<T>(a.u, batch, t + i), *const delta_row =
-                                                         at<T>(a.delta, batch, t + i);
-    for (int64_t c = 0; c < block.count; c += kLanes<Real>) {
+    const T* const u_row = at<T>(a.u, batch, t + i);
+    const T* const delta_row = at<T>(a.delta, batch, t + i);
+    for (int64_t c = 0; c < block.count; c += kLanes<Acc<T>>) {
       const int64_t channel = block.first + c, left = block.count - c, to = i * kChannels + c;
-      const Delta<Real> dt(a, delta_row, channel, left);
+      const Delta<Acc<T>> dt(a, delta_row, channel, left);
       store(delta + to, dt.value);
       store(u + to, load_some(u_row + channel, left));
       if (slope != nullptr) store(slope + to, dt.slope);
@@ -128,10 +148,11 @@ MK_INLINE void read_inputs(const SelectiveScanArgs& a, const Channels& block, in
 
 // The states after token t from those before it, from its row of delta and u; and y = C . h, and
 // exp(delta A) or null.
-template <class T, class Real = Acc<T>>
+template <class T>
 MK_INLINE void move_on(const SelectiveScanArgs& a, const Channels& block, int64_t batch, int64_t t,
-                       const Real* delta, const Real* u, const Real* A, const Real* before,
-                       Real* after, Real* y, Real* decay) {
+                       const Acc<T>* delta, const Acc<T>* u, const Acc<T>* A, const Acc<T>* before,
+                       Acc<T>* after, Acc<T>* y, Acc<T>* decay) {
+  using Real = Acc<T>;
   constexpr int W = kLanes<Real>;
   const int64_t states = a.A.shape[1];
   Real B[kMostStates], C[kMostStates];

@@ -12,41 +12,45 @@ struct Step {
 
   static void step(const SelectiveScanStepArgs& a, const Channels& block, int64_t row,
                    int64_t slot) {
-    T* const out = at<T>(a.out, row) + block.first;
+    T* const out = at<T>(a.out, row);
     if (slot < 0) {
-      memset(out, 0, block.count * sizeof(T));
+      memset(out + block.first, 0, block.count * sizeof(T));
       return;
     }
     const int64_t states = a.A.shape[1];
-    Real B[kMostStates], C[kMostStates];
+    const T *u = at<T>(a.u, row), *delta_row = at<T>(a.delta, row);
+    const T* z = row_of<T>(a.z, row);
+    Real B[kMostStates], C[kMostStates], delta[kChannels], input[kChannels];
     read_row(at<T>(a.B, row, block.group), states, B);
     read_row(at<T>(a.C, row, block.group), states, C);
-    const T *u = at<T>(a.u, row), *delta = at<T>(a.delta, row);
-    const T* z = a.z.data == nullptr ? nullptr : at<T>(a.z, row);
-    const Real* D = static_cast<const Real*>(a.D.data);
-    const Real* A = at<Real>(a.A, block.first);
-    Real* h = at<Real>(a.state, slot) + block.first * states;
     for (int64_t c = 0; c < block.count; c += W) {
       const int64_t channel = block.first + c, left = block.count - c;
-      const Vec<Real> dt = Delta<Real>(a, delta, channel, left).value;
-      const Vec<Real> input = load_some(u + channel, left), scaled = dt * input;
+      const Vec<Real> dt = Delta<Real>(a, delta_row, channel, left).value;
+      store(delta + c, dt);
+      store(input + c, dt * load_some(u + channel, left));
+    }
+    for (int64_t c = 0; c < block.count; c += W) {
+      const int64_t channel = block.first + c, left = block.count - c;
+      const Real* const A = at<Real>(a.A, channel);
+      Real* const h = at<Real>(a.state, slot) + channel * states;
       Vec<Real> sums[W] = {};
-      for (int i = 0; i < W && i < left; ++i, A += a.A.stride[0], h += states) {
-        for (int64_t s = 0; s < states; s += W) {
-          const Vec<Real> next =
-              exp_or_inf(dt[i] * load_some(A + s, states - s)) * load_some(h + s, states - s) +
-              scaled[i] * load(B + s);
-          store_some(h + s, states - s, next);
-          sums[i] += next * load(C + s);
+      const auto move_on = [&](int64_t s, int64_t size) __attribute__((always_inline)) {
+        const Vec<Real> from = load(B + s), to = load(C + s);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < W; ++i) {
+          if (i >= left) continue;
+          const Real* const A_row = A + i * a.A.stride[0] + s;
+          Real* const h_row = h + i * states + s;
+          const Vec<Real> decay = exp_or_inf(delta[c + i] * load_some(A_row, size));
+          const Vec<Real> next = decay * load_some(h_row, size) + input[c + i] * from;
+          store_some(h_row, size, next);
+          sums[i] += next * to;
         }
-      }
-      Vec<Real> y = sum_each<Real>(sums);
-      if (D != nullptr) y += load_some(D + channel, left) * input;
-      if (z != nullptr) {
-        const Vec<Real> gate = load_some(z + channel, left);
-        y *= gate * sigmoid<Real>(gate);
-      }
-      store_some(out + c, left, y);
+      };
+      int64_t s = 0;
+      for (; s + W <= states; s += W) move_on(s, W);
+      if (s < states) move_on(s, states - s);
+      write_out(a, z, channel, left, load_some(u + channel, left), sum_each<Real>(sums), out);
     }
   }
 };

@@ -4,10 +4,12 @@
 
 #include "bindings/torch/convert.h"
 #include "core/check.h"
+#include "scan/causal_conv1d.h"
 #include "scan/chunk_scan.h"
 #include "scan/diagonal_scan.h"
 #include "scan/selective_scan.h"
 #include "scan/sequences.h"
+#include "scan/state_step.h"
 
 namespace memkernels::binding {
 
@@ -310,6 +312,136 @@ std::tuple<Tensor, Tensor, Tensor> diagonal_scan_backward(
   return {dx, da, dinitial};
 }
 
+// ---- causal convolution ----
+
+scan::ConvActivation conv_activation(const char* op, const std::string& activation) {
+  check(activation == "silu" || activation == "none", op, "activation must be silu or none, got ",
+        activation);
+  return activation == "silu" ? scan::ConvActivation::silu : scan::ConvActivation::none;
+}
+
+scan::CausalConvArgs conv_args(const char* op, const Tensor& x, const Tensor& weight,
+                               const OptionalTensor& bias, const OptionalTensor& initial_state,
+                               const OptionalTensor& cu_seqlens, int64_t dilation,
+                               const std::string& activation) {
+  scan::CausalConvArgs a;
+  a.x = view(op, "x", x);
+  a.weight = view(op, "weight", weight);
+  a.bias = view(op, "bias", bias);
+  a.initial_state = view(op, "initial_state", initial_state);
+  a.cu_seqlens = view(op, "cu_seqlens", cu_seqlens);
+  a.dilation = dilation;
+  a.activation = conv_activation(op, activation);
+  check_floating(op, "x", a.x);
+  check_shape(op, "x", a.x, "[B, T, D]", {-1, -1, -1});
+  return a;
+}
+
+std::tuple<Tensor, Tensor> causal_conv1d(const Tensor& x, const Tensor& weight,
+                                         const OptionalTensor& bias,
+                                         const OptionalTensor& initial_state,
+                                         const OptionalTensor& cu_seqlens, int64_t dilation,
+                                         std::string activation, bool output_final_state) {
+  constexpr char op[] = "causal_conv1d";
+  scan::CausalConvArgs a =
+      conv_args(op, x, weight, bias, initial_state, cu_seqlens, dilation, activation);
+  Tensor out = empty_like(a.x);
+  a.out = view(op, "out", out);
+  Tensor state = empty({0}, a.x.dtype, a.x.device);
+  if (output_final_state) {
+    check(!given(a.cu_seqlens) || (a.cu_seqlens.ndim == 1 && a.cu_seqlens.shape[0] > 0), op,
+          "cu_seqlens must be [N + 1], got ", shape_of(a.cu_seqlens));
+    state = empty({num_sequences(a.cu_seqlens, a.x), a.x.shape[2],
+                   scan::conv_state_length(op, a.weight, dilation)},
+                  a.x.dtype, a.x.device);
+    a.state = view(op, "state", state);
+  }
+  scan::causal_conv1d(a, OpContext(op, a.x.device));
+  return {out, state};
+}
+
+// Of a weight or bias, in accumulators.
+Tensor wide_gradient(const char* op, int64_t needs, int bit, TensorView like, TensorView& to) {
+  like.dtype = accumulator(like.dtype);
+  return gradient(op, needs, bit, like, to);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
+    const Tensor& dout, const OptionalTensor& dstate, const Tensor& x, const Tensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& initial_state,
+    const OptionalTensor& cu_seqlens, int64_t needs, int64_t dilation, std::string activation) {
+  constexpr char op[] = "causal_conv1d_backward";
+  const scan::CausalConvArgs a =
+      conv_args(op, x, weight, bias, initial_state, cu_seqlens, dilation, activation);
+  scan::CausalConvGrads g;
+  g.dout = view(op, "dout", dout);
+  g.dstate = view(op, "dstate", dstate);
+  Tensor dx = gradient(op, needs, 0, a.x, g.dx),
+         dweight = wide_gradient(op, needs, 1, a.weight, g.dweight);
+  Tensor dbias = wide_gradient(op, needs, 2, a.bias, g.dbias),
+         dinitial_state = gradient(op, needs, 3, a.initial_state, g.dinitial_state);
+  scan::causal_conv1d_backward(a, g, OpContext(op, a.x.device));
+  return {dx, dweight, dbias, dinitial_state};
+}
+
+// ---- one token a sequence ----
+
+Tensor state_step(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                  const Tensor& state, const OptionalTensor& g, const OptionalTensor& state_indices,
+                  scan::StateStepArgs a) {
+  a.q = view(op, "q", q);
+  a.k = view(op, "k", k);
+  a.v = view(op, "v", v);
+  a.g = view(op, "g", g);
+  a.state = view(op, "state", state);
+  a.state_indices = view(op, "state_indices", state_indices);
+  Tensor out = empty_like(a.v);
+  a.out = view(op, "out", out);
+  scan::state_step(op, a, OpContext(op, a.q.device));
+  return out;
+}
+
+Tensor linear_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
+                             const OptionalTensor& z, const OptionalTensor& g,
+                             const OptionalTensor& state_indices, double scale, double eps) {
+  constexpr char op[] = "linear_attention_step";
+  scan::StateStepArgs a;
+  a.z = view(op, "z", z);
+  a.scale = scale;
+  a.eps = eps;
+  return state_step(op, q, k, v, state, g, state_indices, a);
+}
+
+Tensor delta_rule_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
+                       const Tensor& state, const OptionalTensor& g,
+                       const OptionalTensor& state_indices, double scale, bool qk_l2norm) {
+  constexpr char op[] = "delta_rule_step";
+  scan::StateStepArgs a;
+  a.beta = view(op, "beta", beta);
+  a.scale = scale;
+  a.qk_l2norm = qk_l2norm;
+  return state_step(op, q, k, v, state, g, state_indices, a);
+}
+
+Tensor causal_conv1d_step(const Tensor& x, const Tensor& weight, const Tensor& state,
+                          const OptionalTensor& bias, const OptionalTensor& state_indices,
+                          int64_t dilation, std::string activation) {
+  constexpr char op[] = "causal_conv1d_step";
+  scan::CausalConvStepArgs a;
+  a.x = view(op, "x", x);
+  a.weight = view(op, "weight", weight);
+  a.bias = view(op, "bias", bias);
+  a.state = view(op, "state", state);
+  a.state_indices = view(op, "state_indices", state_indices);
+  a.dilation = dilation;
+  a.activation = conv_activation(op, activation);
+  check_floating(op, "x", a.x);
+  Tensor out = empty_like(a.x);
+  a.out = view(op, "out", out);
+  scan::causal_conv1d_step(a, OpContext(op, a.x.device));
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MEMKERNELS_NAMESPACE, m) {
@@ -386,6 +518,11 @@ STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) {
   m.impl("selective_scan_step", TORCH_BOX(&selective_scan_step));
   m.impl("diagonal_scan", TORCH_BOX(&diagonal_scan));
   m.impl("diagonal_scan_backward", TORCH_BOX(&diagonal_scan_backward));
+  m.impl("causal_conv1d", TORCH_BOX(&causal_conv1d));
+  m.impl("causal_conv1d_backward", TORCH_BOX(&causal_conv1d_backward));
+  m.impl("causal_conv1d_step", TORCH_BOX(&causal_conv1d_step));
+  m.impl("linear_attention_step", TORCH_BOX(&linear_attention_step));
+  m.impl("delta_rule_step", TORCH_BOX(&delta_rule_step));
 }
 
 }  // namespace memkernels::binding
