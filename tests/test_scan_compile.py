@@ -7,8 +7,8 @@ import torch
 
 import memkernels
 from checks import PLAIN, WRITTEN, floats, gradients, inexact, opcheck, outcome, tensors
-from scan_cases import EXAMPLES, STEPS, arguments_of, route_case, step_of
-from test_feature_map import each_kind, map_case
+from scan_cases import EXAMPLES, STEPS, arguments_of, map_case, route_case, step_of
+from test_feature_map import each_kind
 from tolerance import assert_same_bits
 
 # The compiler takes its time: of each backward, with all that may be given.
