@@ -869,6 +869,8 @@ def _conv_gradient(ctx, dout, dstate):
 
 
 def _feature_gradient(ctx, dout):
+    if dout is None:
+        return None
     return _feature_map_backward(dout.contiguous(), *ctx.saved_tensors, **ctx.options)
 
 
