@@ -60,9 +60,7 @@ def check_scan(ops, op, arguments, slack=SLACK):
     """Its results, and gradients, unless those are autograd's."""
     result = check(ops, op, arguments, slack)
     if ops is not PLAIN:
-        # What a normaliser's gradient is computed from is the rounded result.
-        saved = arguments["v"].dtype if arguments.get("normalize") else None
-        check_gradients(ops, op, arguments, 2 * slack, saved)
+        check_gradients(ops, op, arguments, 2 * slack)
     return result
 
 
