@@ -52,8 +52,8 @@ struct Delta {
     if (bias != nullptr) value += load_some(bias + channel, left);
     if (!a.delta_softplus) return;
     const Vec<Real> x = value, e = exp(x < 0 ? x : -x);
-    value = x > 20 ? x : (x > 0 ? x : Vec<Real>{}) + log1p(e);
-    slope = x > 20 ? one : (x < 0 ? e : one) / (1 + e);
+    value = (x > 0 ? x : Vec<Real>{}) + log1p(e);
+    slope = (x < 0 ? e : one) / (1 + e);
   }
 };
 
