@@ -20,6 +20,7 @@ SLACK = 4
 # Sizes around those of tiles and chunks.
 LENGTHS = [0, 1, 2, 15, 16, 17, 47, 48, 49, 63, 64, 65, 129]
 GATES = [None, "head", "token", "channel"]
+KINDS = ["elu1", "relu2", "taylor2", "dpfp"]
 
 
 def linear_case(
@@ -273,6 +274,13 @@ def step_case(
         arguments.pop(name, None)
     indices = None if isinstance(slots, int) else index.to(index_dtype)
     return arguments | {"state_indices": indices}
+
+
+def map_case(
+    *shape: int, kind: str, nu: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0
+):
+    """Arguments of `memkernels.feature_map`."""
+    return {"x": _Draw(dtype, seed)(*shape), "kind": kind, "nu": nu}
 
 
 def route_case(

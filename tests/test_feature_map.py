@@ -8,17 +8,12 @@ from hypothesis import strategies as st
 
 import memkernels
 from checks import at_random, check_error, gradients, outcome
+from scan_cases import KINDS, map_case
 from test_attention import DTYPES, apart
 from test_scan import check_scan
 from tolerance import assert_same_bits
 
-KINDS = ["elu1", "relu2", "taylor2", "dpfp"]
 each_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def map_case(*shape, kind, nu=3, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return {"x": torch.randn(shape, generator=generator).to(dtype), "kind": kind, "nu": nu}
 
 
 def check_map(ops, arguments):

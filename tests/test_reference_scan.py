@@ -254,6 +254,7 @@ def test_features_by_hand():
     # r = [2, 0, 0, 3]
     equal(reference.feature_map(np.array([2.0, -3]), "dpfp", nu=2), [6, 0, 0, 0, 0, 0, 0, 0])
     equal(reference.feature_map(np.array([2.0, 5]), "dpfp", nu=1), [0, 10, 0, 0])
+    equal(reference.feature_map(np.array([2.0]), "dpfp", nu=4), [0, 0, 4, 0, 0, 0, 4, 0])
 
 
 def test_dot_products_of_taylor_features():

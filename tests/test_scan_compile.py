@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import memkernels
 from checks import PLAIN, WRITTEN, floats, gradients, inexact, opcheck, outcome, tensors
-from scan_cases import EXAMPLES, STEPS, arguments_of, route_case, step_of
-from test_feature_map import each_kind, map_case
+from scan_cases import EXAMPLES, STEPS, arguments_of, map_case, route_case, step_of
+from test_feature_map import each_kind
 from tolerance import assert_same_bits
 
 # The compiler takes its time: of each backward, with all that may be given.
@@ -142,7 +143,7 @@ def test_compile_of_a_mixture_of_memories():
         return memkernels.unroute_tokens(out[0], inverse, weights)
 
     graphs = set()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(mixture, fullgraph=True, dynamic=True, backend=counter)
     for tokens in 7, 11, 14:
         q, k, v = (route_case(tokens, 2, 3, 5, 4, seed=i)["x"] for i in range(3))
@@ -157,7 +158,7 @@ def test_compile_of_a_mixture_of_memories():
 @pytest.mark.parametrize("example", ["gated_attention", "selective_scan", "causal_conv1d"])
 def test_one_graph_for_any_number_of_tokens(example):
     function, graphs = getattr(memkernels, EXAMPLES[example]), set()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
         lambda arguments: function(**arguments), fullgraph=True, dynamic=True, backend=counter
     )
