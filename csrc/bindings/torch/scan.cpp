@@ -6,6 +6,8 @@
 #include "core/check.h"
 #include "scan/causal_conv1d.h"
 #include "scan/chunk_scan.h"
+#include "scan/feature_map.h"
+#include "scan/route_indices.h"
 #include "scan/sequences.h"
 #include "scan/state_step.h"
 
@@ -226,6 +228,75 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
   return {dx, dweight, dbias, dinitial_state};
 }
 
+// ---- features and routes ----
+
+scan::FeatureMapArgs feature_args(const char* op, const Tensor& x, const std::string& kind,
+                                  int64_t nu) {
+  using scan::FeatureKind;
+  scan::FeatureMapArgs a;
+  a.x = view(op, "x", x);
+  a.nu = nu;
+  static const struct {
+    const char* name;
+    FeatureKind kind;
+  } kKinds[] = {{"elu1", FeatureKind::elu1},
+                {"relu2", FeatureKind::relu2},
+                {"taylor2", FeatureKind::taylor2},
+                {"dpfp", FeatureKind::dpfp}};
+  bool known = false;
+  for (const auto& candidate : kKinds) {
+    if (kind != candidate.name) continue;
+    a.kind = candidate.kind;
+    known = true;
+  }
+  check(known, op, "kind must be elu1, relu2, taylor2 or dpfp, got ", kind);
+  check_floating(op, "x", a.x);
+  check(a.x.ndim >= 1, op, "x must be [..., D], got a number");
+  return a;
+}
+
+Tensor feature_map(const Tensor& x, std::string kind, int64_t nu) {
+  constexpr char op[] = "feature_map";
+  scan::FeatureMapArgs a = feature_args(op, x, kind, nu);
+  TensorView like = a.x;
+  int64_t& width = like.shape[like.ndim - 1];
+  width = scan::num_features(op, a.kind, width, nu);
+  Tensor out = empty_like(like);
+  a.out = view(op, "out", out);
+  scan::feature_map(a, OpContext(op, a.x.device));
+  return out;
+}
+
+Tensor feature_map_backward(const Tensor& dout, const Tensor& x, std::string kind, int64_t nu) {
+  constexpr char op[] = "feature_map_backward";
+  const scan::FeatureMapArgs a = feature_args(op, x, kind, nu);
+  scan::FeatureMapGrads g;
+  g.dout = view(op, "dout", dout);
+  Tensor dx = empty_like(a.x);
+  g.dx = view(op, "dx", dx);
+  scan::feature_map_backward(a, g, OpContext(op, a.x.device));
+  return dx;
+}
+
+std::tuple<Tensor, Tensor, Tensor> route_indices(const Tensor& expert_ids, int64_t num_memories) {
+  constexpr char op[] = "route_tokens";
+  scan::RouteArgs a;
+  a.expert_ids = view(op, "expert_ids", expert_ids);
+  a.num_memories = num_memories;
+  check(num_memories >= 0, op, "num_memories must not be negative, got ", num_memories);
+  const Device device = a.expert_ids.device;
+  TensorView like = a.expert_ids;
+  like.dtype = Dtype::i64;
+  Tensor order = empty({numel(like)}, Dtype::i64, device);
+  Tensor cu_seqlens = empty({num_memories + 2}, Dtype::i32, device);
+  Tensor inverse = empty_like(like);
+  a.order = view(op, "order", order);
+  a.cu_seqlens = view(op, "cu_seqlens", cu_seqlens);
+  a.inverse = view(op, "inverse", inverse);
+  scan::route_indices(op, a);
+  return {order, cu_seqlens, inverse};
+}
+
 // ---- one token a sequence ----
 
 Tensor state_step(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -357,6 +428,9 @@ STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) {
   m.impl("delta_rule_backward", TORCH_BOX(&delta_rule_backward));
   m.impl("causal_conv1d", TORCH_BOX(&causal_conv1d));
   m.impl("causal_conv1d_backward", TORCH_BOX(&causal_conv1d_backward));
+  m.impl("feature_map", TORCH_BOX(&feature_map));
+  m.impl("feature_map_backward", TORCH_BOX(&feature_map_backward));
+  m.impl("route_indices", TORCH_BOX(&route_indices));
   m.impl("causal_conv1d_step", TORCH_BOX(&causal_conv1d_step));
   m.impl("linear_attention_step", TORCH_BOX(&linear_attention_step));
   m.impl("delta_rule_step", TORCH_BOX(&delta_rule_step));
