@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 # How far results may lie apart, relative to their norm: a few roundings of the dtype.
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
+TOLERANCE = {
+    torch.bfloat16: 2e-2,
+    torch.float16: 5e-3,
+    torch.float32: 1e-4,
+    torch.complex64: 1e-4,
+}
 
 
 @dataclass
@@ -22,7 +27,8 @@ class Case:
     ours: Callable[[], object]
     # What a call does of each thing that this machine limits: bytes or flops, by the limit's name.
     # "read": bytes streamed from memory; "gather <n>": the same in random pieces of n bytes;
-    # "update": bytes read and written in place; "flops <dtype>": arithmetic.
+    # "update": bytes read and written in place; "flops <dtype>": arithmetic; "matmul <dtype>":
+    # arithmetic, held against torch's matrix products.
     work: dict[str, float]
     peers: dict[str, Callable[[], object]] = field(default_factory=dict)
     # What runs in turns for scale, without computing the same.
@@ -51,7 +57,7 @@ def left_out(reason: str) -> None:
 
 
 def unit(limit: str) -> str:
-    return "GFLOP/s" if limit.startswith("flops") else "GB/s"
+    return "GFLOP/s" if limit.startswith(("flops", "matmul")) else "GB/s"
 
 
 def short(dtype: torch.dtype) -> str:
@@ -73,5 +79,6 @@ def _results(call: Callable[[], object]) -> Iterator[Tensor]:
 def _apart(a: Tensor, b: Tensor) -> float:
     if torch.equal(a, b):  # of large copies, without more copies
         return 0.0
-    a, b = a.float(), b.float()
+    if not a.is_complex():
+        a, b = a.float(), b.float()
     return ((a - b).norm() / b.norm()).item()

@@ -226,6 +226,11 @@ LIBRARIES = {  # of the wheel, best first: they define the same ops, and a proce
 }
 
 
+def vllm_ops():
+    """The other ops of that wheel."""
+    return _wheel(vllm)
+
+
 def _wheel(adapter: Callable):
     """The ops of the library that runs on this CPU, after the adapter has been tried with it."""
     names = {vllm: "vLLM", vllm_mla: "vLLM MLA", sglang: "SGLang"}

@@ -24,7 +24,7 @@ import peers
 from case import Case, unit
 from memkernels import _C, _measure
 
-FAMILIES = ("attention", "selection", "lookup")
+FAMILIES = ("attention", "selection", "lookup", "scan")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
@@ -73,11 +73,12 @@ class Limits(dict):
     def __missing__(self, name: str) -> float:
         kind, *argument = name.split()
         if _measure.on_gpu():
-            kind = "matmul" if kind == "flops" else "copy"
+            kind = "matmul" if kind in ("flops", "matmul") else "copy"
         if kind == "copy":
             limit = _measure.copy_limit(4 * self.mebibytes)
         elif kind == "matmul":
-            limit = _measure.matmul_limit(DTYPES[argument[0]])
+            size = 8192 if _measure.on_gpu() else 2048
+            limit = _measure.matmul_limit(DTYPES[argument[0]], size)
         elif kind == "read":
             limit = _measure.read_limit(self.mebibytes)
         elif kind == "update":

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lookup_cases import wide
 
-# A scan multiplies the errors of its states on along the sequence; the chunks' products and solves
-# add them up in another order than the fallback, one token after the other.
+# Chunks add up their products and solve their systems in another order than the fallback, whose
+# every token rounds once. Gradients get twice as much: those of gates are sums over all that
+# comes after, of differences.
 SLACK = 4
 # Sizes around those of tiles and chunks.
 LENGTHS = [0, 1, 2, 15, 16, 17, 47, 48, 49, 63, 64, 65, 129]

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from checks import at_random, check, check_error, gradients, outcome, put
 from scan_cases import GATES, SLACK, delta_case, linear_case, part
 from test_attention import DTYPES
-from test_linear_attention import chunk_sizes
+from test_linear_attention import assert_nothing, chunk_sizes
 from test_scan import check_scan
+from test_selection import ALONE
 from tolerance import assert_same_bits
 
 each_gate = pytest.mark.parametrize("gate", GATES)
@@ -19,15 +20,21 @@ DELTA = "delta_rule"
 
 @at_random(sizes=chunk_sizes(), qk_l2norm=st.booleans(), scale=st.sampled_from([None, 1.0, 0.3]))
 def test_at_random(scan_ops, sizes, **options):
-    check_scan(scan_ops, DELTA, delta_case(**sizes, **options))
+    slack = ALONE if sizes["dims"][0] == 1 else SLACK
+    check_scan(scan_ops, DELTA, delta_case(**sizes, **options), slack)
 
 
-@pytest.mark.parametrize("dims", [(153, 64), (64, 153), (128, 128), (5, 33), (1, 1), (20, 260)])
+@pytest.mark.parametrize("gate", [None, "token", "channel"])
+@pytest.mark.parametrize("dims", [(64, 153), (128, 128), (5, 33), (2, 1), (20, 260)])
+def test_dims(scan_ops, dims, gate):
+    check_scan(scan_ops, DELTA, delta_case((1, 65), (1, 2), dims, gate=gate, states=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dims(scan_ops, dims, dtype):
-    for gate in None, "token", "channel":
-        arguments = delta_case((1, 65), (1, 2), dims, gate=gate, states=True, dtype=dtype)
-        check_scan(scan_ops, DELTA, arguments)
+def test_taylor_features(scan_ops, dtype):
+    """As many as 16 channels have."""
+    sizes = {"gate": "channel", "states": True, "dtype": dtype}
+    check_scan(scan_ops, DELTA, delta_case((1, 65), (1, 2), (153, 64), **sizes))
 
 
 # ---- keys and betas ------------------------------------------------------------------------------
@@ -60,13 +67,14 @@ def test_equal_keys_with_growth(scan_ops, dtype):
     check(scan_ops, DELTA, arguments, slack=SLACK)
 
 
-@each_gate
+@pytest.mark.parametrize("gate", [None, "token", "channel"])
 def test_equal_keys(scan_ops, gate):
+    """What one token writes the next takes back: small differences of large sums."""
     arguments = delta_case((1, 130), (1, 2), (8, 8), gate=gate, states=True)
     arguments["k"] = torch.full_like(arguments["k"], 8**-0.5)
     for beta in 0.5, 1, 2:
         arguments["beta"].fill_(beta)
-        check_scan(scan_ops, DELTA, arguments)
+        check_scan(scan_ops, DELTA, arguments, slack=ALONE)
 
 
 def test_long_keys_with_betas_that_are_small(scan_ops):
@@ -139,8 +147,9 @@ def test_a_reset_forgets_everything(scan_ops, gate, at):
     assert all(grad.isfinite().all() for grad in grads.values())
     assert not grads["initial_state"].any()
     names = "q", "k", "v", "beta", "g"
-    for name in names:
+    for name in names[:-1]:
         assert not grads[name][:, :at].any()
+    assert_nothing(grads["g"][:, :at])
     for name, grad in gradients(getattr(scan_ops, DELTA), alone, names).items():
         torch.testing.assert_close(grads[name][:, at:], grad)
 

@@ -16,6 +16,11 @@ each_gate = pytest.mark.parametrize("gate", GATES)
 LINEAR = "linear_attention"
 
 
+def assert_nothing(grad):
+    """But what rounding leaves of a sum over all that comes after."""
+    torch.testing.assert_close(grad, torch.zeros_like(grad), rtol=0, atol=1e-4)
+
+
 @st.composite
 def chunk_sizes(draw):
     """Keyword arguments of `linear_case` and `delta_case`."""
@@ -40,18 +45,23 @@ def chunk_sizes(draw):
     sizes=chunk_sizes(),
     normalize=st.booleans(),
     scale=st.sampled_from([None, 1.0, 0.3]),
-    eps=st.sampled_from([1e-6, 0.5]),
 )
 def test_at_random(scan_ops, sizes, **options):
-    check_scan(scan_ops, LINEAR, linear_case(**sizes, **options))
+    """A large eps, without which gradients of a first token's averages are the zeros of 1 - 1."""
+    check_scan(scan_ops, LINEAR, linear_case(**sizes, **options, eps=0.5))
 
 
-@pytest.mark.parametrize("dims", [(153, 64), (64, 153), (128, 128), (5, 33), (1, 1), (20, 260)])
+@pytest.mark.parametrize("gate", [None, "token", "channel"])
+@pytest.mark.parametrize("dims", [(64, 153), (128, 128), (5, 33), (1, 1), (20, 260)])
+def test_dims(scan_ops, dims, gate):
+    check_scan(scan_ops, LINEAR, linear_case((1, 65), (1, 2), dims, gate=gate, states=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dims(scan_ops, dims, dtype):
-    for gate in None, "token", "channel":
-        arguments = linear_case((1, 65), (1, 2), dims, gate=gate, states=True, dtype=dtype)
-        check_scan(scan_ops, LINEAR, arguments)
+def test_taylor_features(scan_ops, dtype):
+    """As many as 16 channels have."""
+    sizes = {"gate": "channel", "states": True, "dtype": dtype}
+    check_scan(scan_ops, LINEAR, linear_case((1, 65), (1, 2), (153, 64), **sizes))
 
 
 # ---- gates ---------------------------------------------------------------------------------------
@@ -86,8 +96,9 @@ def test_a_reset_forgets_everything(scan_ops, gate, at, normalize):
     grads = gradients(after, arguments)
     assert all(grad.isfinite().all() for grad in grads.values())
     assert not grads["initial_state"].any()
-    for name in "q", "k", "v", "g":
+    for name in "q", "k", "v":
         assert not grads[name][:, :at].any()
+    assert_nothing(grads["g"][:, :at])
     alone = gradients(getattr(scan_ops, LINEAR), alone, ["q", "k", "v", "g"])
     for name, grad in alone.items():
         torch.testing.assert_close(grads[name][:, at:], grad)
@@ -288,7 +299,7 @@ def ssd_case(lengths, extras="", *, states=False, dtype=torch.float32, seed=0, *
 def test_ssd(scan_ops, lengths, dtype, options):
     arguments = ssd_case(lengths, dtype=dtype, **options)
     check(scan_ops, "ssd", arguments, slack=2 * SLACK)
-    check_gradients(scan_ops, "ssd", arguments, slack=4 * SLACK)
+    check_gradients(scan_ops, "ssd", arguments, slack=2 * SLACK)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

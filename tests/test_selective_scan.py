@@ -36,7 +36,7 @@ def test_at_random(scan_ops, per_group, groups, **sizes):
     check_scan(scan_ops, SELECTIVE, arguments)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (5, 3), (33, 16), (130, 16), (64, 128), (3, 257)])
+@pytest.mark.parametrize("sizes", [(1, 1), (5, 3), (33, 16), (130, 16), (64, 128), (3, 256)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sizes(scan_ops, sizes, dtype):
     arguments = selective_case((1, 65), *sizes, extras="Dzb", states=True, dtype=dtype)

@@ -236,6 +236,8 @@ struct Chunk {
   A* mask;                   // [kChunk][kChunk] prod_{j < l <= i} d_l of a scalar decay
   A* beta;                   // [kChunk]
   A* gate;                   // [kChunk] the scalar d
+  A* tail;                   // [kBlock][ld] keys of a block, decayed to its end, and
+  A* block_total;            // [ld] what decays over all of it
   Panels<A> columns;         // k transposed: [kChunk / P][round_up(K, W)][P]
 
   int64_t begin;        // the first token
@@ -260,6 +262,8 @@ struct Chunk {
     A** const of_tokens[] = {&q_norm, &k_norm, &beta, &gate};
     for (A** x : of_tokens) *x = arena.take<A>(kChunk);
     total = arena.take<A>(ld + kTileRows);  // past ld its factors are of rows that nobody reads
+    tail = arena.take<A>(kBlock * ld);
+    block_total = arena.take<A>(ld);
     columns.stride = round_up(K, W) * P;
     columns.data = arena.take<A>(kChunk / P * columns.stride);
   }
@@ -340,6 +344,10 @@ struct Chunk {
   }
 
  private:
+  MK_INLINE Vec<A> decay_at(int64_t i, int64_t c) const {
+    return channels ? load(decay + i * ld + c) : splat(gate[i]);
+  }
+
   A scalar(const TensorView& x, int64_t i) const {
     const int64_t offset = offset_of(x, task.tokens.batch, begin + i, task.head);
     return static_cast<A>(load_scalar(x.data, x.dtype, offset));
@@ -369,10 +377,6 @@ struct Chunk {
       read_row(row_at<A>(args.g, b, t, task.head), K, ld, row);
     }
     for (int64_t c = 0; c < ld; c += W) store(row + c, exp(load(row + c)));
-  }
-
-  MK_INLINE Vec<A> decay_at(int64_t i, int64_t c) const {
-    return channels ? load(decay + i * ld + c) : splat(gate[i]);
   }
 
   void decays() const {
@@ -499,13 +503,22 @@ struct Chunk {
 
   // Decays the columns of earlier blocks by this block's tokens, and adds this block's.
   void append_columns(int64_t begin, int64_t end) const {
-    for (int64_t c = 0; c < K; ++c) {
-      A product = 1;
+    for (int64_t c = 0; c < ld; c += W) {
+      Vec<A> product = splat(A(1));
       for (int64_t j = end - 1; j >= begin; --j) {
-        columns[j / P][c * P + j % P] = k[j * ld + c] * product;
-        product *= decay[j * ld + c];
+        store(tail + (j - begin) * ld + c, load(k + j * ld + c) * product);
+        product *= load(decay + j * ld + c);
       }
-      for (int64_t j = 0; j < begin; ++j) columns[j / P][c * P + j % P] *= product;
+      store(block_total + c, product);
+    }
+    for (int64_t c = 0; c < K; ++c) {
+      for (int64_t j = 0; j < begin; j += W) {
+        A* column = columns[j / P] + c * P + j % P;
+        store(column, load(column) * block_total[c]);
+      }
+      for (int64_t j = begin; j < end; ++j) {
+        columns[j / P][c * P + j % P] = tail[(j - begin) * ld + c];
+      }
     }
   }
 };

@@ -118,11 +118,6 @@ void chunk_scan_backward(const char* op, ChunkScanArgs a, const ChunkScanGrads& 
     check_dtype(op, "dz", g.dz, wide);
     check_contiguous(op, "dz", g.dz);
   }
-  if (a.normalize) {
-    check_shape(op, "out", a.out, "[B, T, HV, V]", {shape[0], shape[1], shape[2], shape[3]});
-    check_dtype(op, "out", a.out, a.q.dtype);
-    check_contiguous(op, "out", a.out);
-  }
   if (pairs == 0) return;
   const ChunkScanBackwardKernel kernel =
       MEMKERNELS_CPU(isa_for(a.q.dtype), chunk_scan_backward_kernel)(a.q.dtype);

@@ -24,7 +24,7 @@ struct ChunkScanArgs {
   double eps = 0;
   bool qk_l2norm = false;
 
-  TensorView out;    // [B, T, HV, V], contiguous, written; in the backward, with normalize: read
+  TensorView out;    // [B, T, HV, V],
   TensorView state;  // [N, HV, K, V] and
   TensorView z;      // [N, HV, K], contiguous, written; or absent
 };

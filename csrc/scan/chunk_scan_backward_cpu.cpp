@@ -6,8 +6,9 @@
 //   dS = total dS + read^T dO + erase^T dR
 // dq, dk, dbeta follow from these. The gradient of the log decay g_l is the sum of x dx over every
 // product x that d_l is a factor of: reads from token l on, writes before it, the state itself, and
-// pairs on both sides of it. No division, so that d = 0 is nothing special, and none of the sums
-// but the pairs' has terms that cancel.
+// pairs on both sides of it. No division, so that d = 0 is nothing special. Only with a decay of
+// each channel do terms cancel: there the pairs across l are those of later tokens, less those
+// that have both tokens behind it.
 //
 // Cost: 6 K V + 2 C (K + V) multiply-adds a token and head, the delta rule 3 K V + 2 C (K + V)
 // more; memory for one head at a time, T V + (T / C) K V numbers a worker.
@@ -59,7 +60,8 @@ struct Backward {
   Panels<A> u_transposed;            // [kChunk / P][v_ld][P]
   Panels<A> state_transposed;        // [k_panels][v_ld][P]
   A *dscores, *dsolve;               // [kChunk][kChunk]
-  A* dnormalizer;                    // [kChunk]
+  A* dpairs;                         // [kChunk][kChunk] products of pairs times their gradients
+  A* inverse;                        // [kChunk] of the normaliser
   A* dbeta;                          // [kChunk]
   A* diagonal;                       // [kChunk] of dscores
   A* dtotal;                         // [ld] total times its gradient
@@ -93,9 +95,9 @@ struct Backward {
     du_panels = panels(v_panels, kChunk);
     u_transposed = panels(kChunk / P, v_ld);
     state_transposed = panels(k_panels, v_ld);
-    A** const of_pairs[] = {&dscores, &dsolve};
+    A** const of_pairs[] = {&dscores, &dsolve, &dpairs};
     for (A** x : of_pairs) *x = arena.take<A>(kChunk * kChunk);
-    A** const of_tokens[] = {&dnormalizer, &dbeta, &diagonal};
+    A** const of_tokens[] = {&inverse, &dbeta, &diagonal};
     for (A** x : of_tokens) *x = arena.take<A>(kChunk);
     dtotal = arena.take<A>(ld);
     A** const of_channels[] = {&dread, &derase, &dwrite, &dq, &dk_reader, &dk_written, &dgate};
@@ -127,7 +129,7 @@ struct Backward {
       through_values(i);
       through_state(i);
       through_pairs();
-      write_gates();
+      if (grads.dg.data != nullptr) chunk.channels ? channel_gates() : scalar_gates();
       write_queries_and_keys();
     }
     if (grads.dinitial_state.data != nullptr) {
@@ -173,17 +175,10 @@ struct Backward {
       const bool inside = t < chunk.count;
       read_row(inside ? row_of<const T>(grads.dout, t, V) : nullptr, inside ? V : 0, v_ld, row);
       if (!args.normalize) continue;
-      dnormalizer[t] = 0;
+      inverse[t] = 0;
       if (!inside) continue;
-      A product;  // dout . out
-      const T* out = row_of<const T>(args.out, t, V);
-      sum_columns<A, 1>(V, &product,
-                        [&](int64_t c, auto vector, Vec<A>* s) __attribute__((always_inline)) {
-                          s[0] += vector.load(row + c) * vector.load(out + c);
-                        });
-      const A inverse = 1 / (chunk.normalizer(t, zs + i * ld) + static_cast<A>(args.eps));
-      dnormalizer[t] = -product * inverse;
-      for (int64_t c = 0; c < v_ld; c += W) store(row + c, load(row + c) * inverse);
+      inverse[t] = 1 / (chunk.normalizer(t, zs + i * ld) + static_cast<A>(args.eps));
+      for (int64_t c = 0; c < v_ld; c += W) store(row + c, load(row + c) * inverse[t]);
     }
     to_panels(dout, v_ld, chunk.rows, v_ld, dout_panels);
   }
@@ -282,7 +277,12 @@ struct Backward {
   }
 
   void through_normalizers(const A* z) {
+    A dnormalizer[kChunk];
     for (int64_t t = 0; t < chunk.count; ++t) {
+      // What out was before it was divided, times its gradient.
+      const A product = dot(chunk.read + t * ld, dread + t * ld, K) +
+                        dot(chunk.scores + t * kChunk, dscores + t * kChunk, t + 1);
+      dnormalizer[t] = -product * inverse[t];
       for (int64_t j = 0; j <= t; ++j) dscores[t * kChunk + j] += dnormalizer[t];
     }
     for (int64_t c = 0; c < ld; c += W) {
@@ -307,12 +307,14 @@ struct Backward {
       for (int64_t j = 0; j < kChunk; ++j) {
         const int64_t at = i * kChunk + j;
         if (j >= i) {
-          dscores[at] = dsolve[at] = A(0);
+          dscores[at] = dsolve[at] = dpairs[at] = A(0);
           continue;
         }
         const A m = chunk.channels ? A(1) : chunk.mask[at];
+        dpairs[at] = dscores[at] * chunk.scores[at];
         dscores[at] *= scale * m;
         if (!chunk.delta) continue;
+        dpairs[at] += dsolve[at] * chunk.solve[at];
         erased += dsolve[at] * chunk.keys[at];
         dsolve[at] *= -chunk.beta[i] * m;
       }
@@ -425,8 +427,27 @@ struct Backward {
     }
   }
 
-  void write_gates() {
-    if (grads.dg.data == nullptr) return;
+  void scalar_gates() {
+    A later = 0, earlier;
+    A pairs[kChunk] = {};  // of each token as the earlier one, with those from token i on
+    for (int64_t i = chunk.count - 1; i >= 0; --i) {
+      A across = 0;
+      for (int64_t j = 0; j < kChunk; ++j) pairs[j] += dpairs[i * kChunk + j];
+      for (int64_t j = 0; j < i; ++j) across += pairs[j];
+      later += dot(chunk.read + i * ld, dread + i * ld, K);
+      if (chunk.delta) later += dot(chunk.erase + i * ld, derase + i * ld, K);
+      *row_of<A>(grads.dg, i, 1) = later + across;
+    }
+    sum_columns<A, 1>(K, &earlier,
+                      [&](int64_t c, auto vector, Vec<A>* s)
+                          __attribute__((always_inline)) { s[0] += vector.load(dtotal + c); });
+    for (int64_t i = 0; i < chunk.count; ++i) {
+      *row_of<A>(grads.dg, i, 1) += earlier;
+      earlier += dot(chunk.write + i * ld, dwrite + i * ld, K);
+    }
+  }
+
+  void channel_gates() {
     for (int64_t c = 0; c < ld; c += W) {
       Vec<A> later{};
       for (int64_t i = chunk.count - 1; i >= 0; --i) {
@@ -437,6 +458,8 @@ struct Backward {
           later += load(chunk.k + at) * load(dk_reader + at) +
                    load(chunk.erase + at) * load(derase + at);
         }
+        // Of pairs on both sides nothing is left where d is 0, roundings included.
+        later = load(chunk.decay + at) == 0 ? Vec<A>{} : later;
         store(dgate + at, later);
       }
       Vec<A> earlier = load(dtotal + c);
@@ -447,19 +470,10 @@ struct Backward {
       }
     }
     for (int64_t i = 0; i < chunk.count; ++i) {
-      const A* row = dgate + i * ld;
-      if (!chunk.channels) {
-        A* to = row_of<A>(grads.dg, i, 1);
-        sum_columns<A, 1>(K, to,
-                          [&](int64_t c, auto vector, Vec<A>* s)
-                              __attribute__((always_inline)) { s[0] += vector.load(row + c); });
-        if (chunk.gate[i] == 0) *to = 0;
-        continue;
-      }
       A* to = row_of<A>(grads.dg, i, K);
-      const A* decay = chunk.decay + i * ld;
+      const A* row = dgate + i * ld;
       for_columns<A>(K, [&](int64_t c, auto vector, int) __attribute__((always_inline)) {
-        vector.store(to + c, load(decay + c) == 0 ? Vec<A>{} : load(row + c));
+        vector.store(to + c, load(row + c));
       });
     }
   }

@@ -2,9 +2,10 @@
 
 1. A table of the ops, against float64, against what this machine can do, and against torch.
 2. A byte-level transformer trained on Python's own documentation with `paged_attention` in forward
-   and backward, with a memory of product keys in the place of an MLP and without, then served from
-   a `PagedKVCache`, under policies that read or keep only some of it, and timed beside the same
-   model on torch.
+   and backward; with a memory of product keys in the place of an MLP, and with a gated delta net in
+   the place of one layer's attention. Then served from a `PagedKVCache` or from the delta net's
+   state, under policies that read or keep only some of the cache, and timed beside the same model
+   on torch.
 
 `Transformer` and the three attention functions after it are the example to start from: one model
 trains on packed sequences, decodes from pages, or runs on torch, by the function it is given.
@@ -21,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import memkernels
-from memkernels import demo_lookup, demo_memory, demo_ops, demo_policies
+from memkernels import demo_delta, demo_lookup, demo_memory, demo_ops, demo_policies, demo_scan
+from memkernels.demo_delta import Recurrence, States
 from memkernels.demo_memory import Training
-from memkernels.nn import PagedKVCache, ProductKeyMemory, Step
+from memkernels.nn import GatedDeltaNet, PagedKVCache, ProductKeyMemory, Step
 
 try:
     from matplotlib.figure import Figure
@@ -40,6 +42,7 @@ HEAD_DIM = 32
 PAGE_SIZE = 16
 CONTEXT = 512  # of training
 MEMORY_LAYER = 2
+DELTA_LAYER = 1
 
 PROMPTS = (
     "The ",
@@ -68,52 +71,83 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention with grouped query heads, then an MLP or a memory; both behind an RMSNorm."""
+    """Attention with grouped query heads, or a delta net; then an MLP or a memory. Both behind an
+    RMSNorm."""
 
-    def __init__(self, mlp: nn.Module):
+    def __init__(self, mlp: nn.Module, delta_net: GatedDeltaNet | None):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(DIM)
-        self.qkv = nn.Linear(DIM, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM, bias=False)
-        self.attention_out = nn.Linear(NUM_HEADS * HEAD_DIM, DIM, bias=False)
+        self.mixer_norm = nn.RMSNorm(DIM)
+        self.delta_net = delta_net
+        if delta_net is None:
+            self.qkv = nn.Linear(DIM, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM, bias=False)
+            self.o_proj = nn.Linear(NUM_HEADS * HEAD_DIM, DIM, bias=False)
         self.mlp_norm = nn.RMSNorm(DIM)
         self.mlp = mlp
 
-    def forward(self, x: Tensor, layer: int, rotation: tuple[Tensor, Tensor], attend: Attention):
-        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, HEAD_DIM))
-        q, k, v = qkv.split((NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS), dim=1)
-        attended = attend(layer, rotate(q, *rotation), rotate(k, *rotation), v)
-        x = x + self.attention_out(attended.flatten(1))
+    def forward(
+        self,
+        x: Tensor,
+        layer: int,
+        rotation: tuple[Tensor, Tensor],
+        attend: Attention,
+        recur: Recurrence | None,
+    ) -> Tensor:
+        normed = self.mixer_norm(x)
+        if self.delta_net is not None:
+            x = x + recur(layer, self.delta_net, normed)
+        else:
+            qkv = self.qkv(normed).unflatten(-1, (-1, HEAD_DIM))
+            q, k, v = qkv.split((NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS), dim=1)
+            attended = attend(layer, rotate(q, *rotation), rotate(k, *rotation), v)
+            x = x + self.o_proj(attended.flatten(1))
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Transformer(nn.Module):
     """Logits of the next byte. Tokens of all sequences are packed in one dimension; what belongs
-    together is known to the attention function alone.
+    together is known to the attention function alone, and to that of delta nets.
 
     memories: ``{layer: memory}``, which takes the place of that layer's MLP.
+    delta_nets: ``{layer: delta net}``, which takes the place of that layer's attention.
     """
 
-    def __init__(self, memories: dict[int, ProductKeyMemory] | None = None):
+    def __init__(
+        self,
+        memories: dict[int, ProductKeyMemory] | None = None,
+        delta_nets: dict[int, GatedDeltaNet] | None = None,
+    ):
         super().__init__()
         mlps = {layer: MLP() for layer in range(NUM_LAYERS)} | (memories or {})
+        nets = delta_nets or {}
         self.embedding = nn.Embedding(256, DIM)
-        self.blocks = nn.ModuleList(Block(mlps[layer]) for layer in range(NUM_LAYERS))
+        self.blocks = nn.ModuleList(Block(mlps[i], nets.get(i)) for i in range(NUM_LAYERS))
         self.norm = nn.RMSNorm(DIM)
         self.head = nn.Linear(DIM, 256, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
         for block in self.blocks:  # each block begins as the identity
-            nn.init.zeros_(block.attention_out.weight)
+            nn.init.zeros_((block.delta_net or block).o_proj.weight)
             nn.init.zeros_(block.mlp.value_proj.weight)
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attention) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attend: Attention,
+        recur: Recurrence | None = None,
+    ) -> Tensor:
         """tokens ``[T]`` at positions ``[T]`` of their sequences -> ``[T, 256]``."""
-        frequencies = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-        angles = positions[:, None, None] * frequencies  # [T, 1, D / 2]
-        rotation = angles.cos(), angles.sin()
+        rotation = rotation_at(positions)
         x = self.embedding(tokens)
         for layer, block in enumerate(self.blocks):
-            x = block(x, layer, rotation, attend)
+            x = block(x, layer, rotation, attend, recur)
         return self.head(self.norm(x))
+
+
+def rotation_at(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for `rotate`, ``[T, 1, D / 2]``."""
+    frequencies = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    angles = positions[:, None, None] * frequencies
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -178,13 +212,15 @@ def load_text() -> tuple[Tensor, Tensor]:
 def train(model: Transformer, steps: int, batch: int = 2, length: int = CONTEXT):
     """Returns a `Training`, and a function that computes the held-out loss."""
     data, held_out = load_text()
-    attend = packed_attention(torch.arange(0, batch * length + 1, length))
+    cu_seqlens = torch.arange(0, batch * length + 1, length)
+    attend = packed_attention(cu_seqlens)
+    recur = demo_delta.packed_recurrence(cu_seqlens)
     positions = torch.arange(length).repeat(batch)
 
     def loss_on(text: Tensor, generator: torch.Generator) -> Tensor:
         starts = torch.randint(len(text) - length, (batch, 1), generator=generator)
         window = text[starts + torch.arange(length + 1)]
-        logits = model(window[:, :-1].flatten(), positions, attend)
+        logits = model(window[:, :-1].flatten(), positions, attend, recur)
         return F.cross_entropy(logits, window[:, 1:].flatten())
 
     @torch.no_grad()
@@ -246,10 +282,12 @@ def generate(model: Transformer, prompts: list[Tensor], count: int, temperature:
     ids = cache.allocate(len(prompts))
     generator = torch.Generator().manual_seed(0)
     drawn, logits = [], []
+    states: States = {}
     # The first step is the prefill: whole prompts. Each later one feeds a single token back.
     tokens, step = torch.cat(prompts), cache.extend(ids, [len(prompt) for prompt in prompts])
     while True:
-        out = model(tokens, step.positions, cached_attention(cache, step))
+        recur = demo_delta.kept_recurrence(states, step)
+        out = model(tokens, step.positions, cached_attention(cache, step), recur)
         logits.append(out[step.cu_seqlens_q[1:] - 1])  # [B, 256], after each last token
         weights = (logits[-1] / temperature).softmax(-1)
         tokens = torch.multinomial(weights, 1, generator=generator)[:, 0]
@@ -273,14 +311,21 @@ def serve(model: Transformer, count: int) -> None:
         print(textwrap.fill(text, 96, initial_indent="  > ", subsequent_indent="    "))
     print(f"  {drawn.numel() / seconds:.0f} tokens/s, {len(prompts)} sequences side by side")
 
+    difference = recomputed(model, prompts, drawn, logits)
+    print(f"  paged decoding against full recomputation: logits differ by at most {difference:.1e}")
+
+
+@torch.no_grad()
+def recomputed(model: Transformer, prompts: list[Tensor], drawn: Tensor, logits: Tensor) -> float:
+    """The largest difference of `generate`'s logits from those without cache and state."""
     worst = 0.0
-    for prompt, tokens, paged in zip(prompts, drawn, logits, strict=True):
+    for prompt, tokens, decoded in zip(prompts, drawn, logits, strict=True):
         whole = torch.cat((prompt, tokens[:-1]))
-        full = model(
-            whole, torch.arange(len(whole)), packed_attention(torch.tensor([0, len(whole)]))
-        )
-        worst = max(worst, (full[len(prompt) - 1 :] - paged).abs().max().item())
-    print(f"  paged decoding against full recomputation: logits differ by at most {worst:.1e}")
+        cu_seqlens = torch.tensor([0, len(whole)])
+        attend, recur = packed_attention(cu_seqlens), demo_delta.packed_recurrence(cu_seqlens)
+        full = model(whole, torch.arange(len(whole)), attend, recur)
+        worst = max(worst, (full[len(prompt) - 1 :] - decoded).abs().max().item())
+    return worst
 
 
 @torch.no_grad()
@@ -324,6 +369,22 @@ def serve_alike(model: Transformer, prefix_len: int, batch: int, count: int) -> 
         print(f"{best * 1e3:>7.1f} ms")
     repeated, alike = torch.stack(logits).chunk(2)
     print(f"  logits differ by at most {(repeated - alike).abs().max():.1e}")
+
+
+@torch.no_grad()
+def serve_from_states(model: Transformer, contexts: tuple[int, ...], count: int) -> None:
+    """A model with a delta net in DELTA_LAYER, beside attention in the layers around it."""
+
+    def run(layer: int, x: Tensor, cache: PagedKVCache, states: States, step: Step) -> Tensor:
+        attend, recur = cached_attention(cache, step), demo_delta.kept_recurrence(states, step)
+        return model.blocks[layer](x, layer, rotation_at(step.positions), attend, recur)
+
+    delta_net = model.blocks[DELTA_LAYER].delta_net
+    demo_delta.table(run, delta_net, [DELTA_LAYER - 1, DELTA_LAYER], make_cache, contexts)
+    prompts = [torch.tensor(list(prompt.encode())) for prompt in PROMPTS]
+    difference = recomputed(model, prompts, *generate(model, prompts, count))
+    print("\n  decoding from states against full recomputation: logits differ by at most ", end="")
+    print(f"{difference:.1e}")
 
 
 # ---- race ----------------------------------------------------------------------------------------
@@ -442,19 +503,28 @@ def main(quick: bool = False, out: str = "memkernels_demo.png") -> None:
     torch.manual_seed(0)
     print(f"memkernels {memkernels.__version__}, torch {torch.__version__}, ", end="")
     print(f"{torch.get_num_threads()} threads\n\n1. The ops\n")
-    demo_ops.table([demo_ops.cases, demo_lookup.cases], quick)
+    demo_ops.table([demo_ops.cases, demo_lookup.cases, demo_scan.cases], quick)
 
-    print("\n2. A language model on Python's documentation, without and with a memory\n")
+    print("\n2. A language model on Python's documentation, with other memories in two layers\n")
     memory = demo_memory.make_memory(DIM)
     model, remembering = Transformer(), Transformer({MEMORY_LAYER: memory})
-    models = {"MLPs": model, "memory for one MLP": remembering}
-    trainings = {}
+    hybrid = Transformer(delta_nets={DELTA_LAYER: demo_delta.make_net(DIM)})
+    models = {
+        "attention, MLPs": model,
+        "memory for one MLP": remembering,
+        "delta net in one layer": hybrid,
+    }
+    trainings, held_out_loss = {}, {}
     for name, each in models.items():
-        trainings[name], evaluate = train(each, steps=20 if quick else 300)
-    reads = demo_memory.count_reads(memory, evaluate)
+        trainings[name], held_out_loss[each] = train(each, steps=20 if quick else 200)
+    reads = demo_memory.count_reads(memory, held_out_loss[remembering])
     demo_memory.table(models, trainings, reads)
     print("\nServing the first from pages\n")
     serve(model, count=32 if quick else 200)
+
+    contexts = (256, 1024) if quick else (1024, 4096, 16384)
+    print("\nA layer of the third with attention, and the one with the delta net, of 8 sequences\n")
+    serve_from_states(hybrid, contexts, count=32)
 
     batch, prefix_len = (4, 512) if quick else (16, 2048)
     print(f"\n{batch} prompts that share their first {prefix_len} bytes\n")
@@ -465,7 +535,6 @@ def main(quick: bool = False, out: str = "memkernels_demo.png") -> None:
     demo_policies.table(model, make_cache, load_text()[1], CONTEXT, prompt)
 
     print("\nDecoding 8 sequences: tokens/s in the best step (attention's share of it)\n")
-    contexts = (256, 1024) if quick else (1024, 4096, 16384)
     results = race_all(model, contexts)
     draw(trainings, reads, contexts, results, out)
     print(f"\nFigure: {out}")

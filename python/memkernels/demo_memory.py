@@ -54,8 +54,8 @@ def count_reads(memory: ProductKeyMemory, run: Callable[[], object]) -> Tensor:
 
 
 def table(models: dict[str, nn.Module], trainings: dict[str, Training], reads: Tensor) -> None:
-    """A row for each model; reads: of the slots of the last one's memory."""
-    print(f"\n  {'':<20}{'parameters':>12}{'a byte reads':>14}{'ms a step':>11}", end="")
+    """A row for each model; reads: of the slots of the memory."""
+    print(f"\n  {'':<24}{'parameters':>12}{'a byte reads':>14}{'ms a step':>11}", end="")
     print(f"{'held-out loss':>15}{'slots read':>12}")
     for name, model in models.items():
         size = used = sum(parameter.numel() for parameter in model.parameters())
@@ -65,7 +65,7 @@ def table(models: dict[str, nn.Module], trainings: dict[str, Training], reads: T
         training = trainings[name]
         milliseconds = 1e3 * sorted(training.seconds)[len(training.seconds) // 2]
         print(
-            f"  {name:<20}{size / 1e6:>10.1f} M{used / 1e6:>12.1f} M{milliseconds:>11.0f}", end=""
+            f"  {name:<24}{size / 1e6:>10.1f} M{used / 1e6:>12.1f} M{milliseconds:>11.0f}", end=""
         )
         print(f"{training.held_out[-1][1]:>15.3f}", end="")
         print(f"{(reads > 0).float().mean():>12.1%}" if memories(model) else "")

@@ -363,7 +363,7 @@ def table(families: list[Callable], quick: bool = False) -> None:
     print(f"  limits of this machine: reading {bandwidth / 1e9:.1f} GB/s", end="")
     for dtype, limit in flops.items():
         print(f", {dtype} {limit / 1e9:.0f} GFLOP/s", end="")
-    print(f"\n\n  {'op':<25}{'':<5}{'case':<27}{'error':>6}{'torch':>7}{'ms':>8}", end="")
+    print(f"\n\n  {'op':<26}{'':<5}{'case':<27}{'error':>6}{'torch':>7}{'ms':>8}", end="")
     print(f"{'rate':>14}{'of limit':>10}{'torch':>8}")
 
     scale = 4 if quick else 1
@@ -373,7 +373,7 @@ def table(families: list[Callable], quick: bool = False) -> None:
         ours, peer = (times.minimum for times in interleaved(case.ours, case.peer))
         rate = case.work / ours
         print(
-            f"  {case.op:<25}{case.dtype:<5}{case.shape:<27}{ours_error:>6.0e}{peer_error:>7.0e}"
+            f"  {case.op:<26}{case.dtype:<5}{case.shape:<27}{ours_error:>6.0e}{peer_error:>7.0e}"
             f"{ours * 1e3:>8.2f}{rate / 1e9:>6.1f} {case.unit:<7}{rate / case.limit:>10.0%}"
             f"{peer / ours:>7.1f}x"
         )
@@ -382,7 +382,8 @@ def table(families: list[Callable], quick: bool = False) -> None:
   error: against float64, the largest over the largest exact number, and torch's beside it.
   torch, last: its time over ours; scaled_dot_product_attention (decode: after gathering the pages,
   which is part of its time), index_copy_, gather, logsumexp with a weighted sum, matmul with topk,
-  softmax or relu, embedding_bag, SparseAdam, or the formula op by op. training: forward and
-  backward. Bytes are those of keys and values, summaries, scores or rows; for ops that write as
-  much as they read both."""
+  softmax or relu, embedding_bag, SparseAdam, conv1d, or the formula op by op; of linear_attention
+  and delta_rule that is in chunks of tokens, of the scans of channels token by token. training:
+  forward and backward. Bytes are those of keys and values, summaries, scores or rows; for ops that
+  write as much as they read both."""
     )

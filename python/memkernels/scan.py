@@ -40,10 +40,11 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Linear attention with any decay: ``S = exp(g) * S + k v^T``, ``o = scale * S^T q``.
 
-    Without g, linear attention (Katharopoulos et al., 2020; BASED, Arora et al., 2024); g of a head,
-    RetNet (Sun et al., 2023) and Lightning attention; of a token, Mamba2 (Dao & Gu, 2024; see `ssd`);
-    of a token and channel, gated linear attention (Yang et al., 2023). JRT (Arora et al., 2024) is an
-    initial state and z that carry gradients. q and k come as `feature_map` has left them.
+    Without g, linear attention (Katharopoulos et al., 2020; BASED, Arora et al., 2024); g of a
+    head, RetNet (Sun et al., 2023) and Lightning attention; of a token, Mamba2 (Dao & Gu, 2024; see
+    `ssd`); of a token and channel, gated linear attention (Yang et al., 2023). JRT (Arora et al.,
+    2024) is an initial state and z that carry gradients. q and k come as `feature_map` has left
+    them.
 
     Args:
         q, k: ``[B, T, H, K]``; float32, bfloat16, float16, or float64 on the CPU.
@@ -95,10 +96,10 @@ def delta_rule(
     """The delta rule: ``S = exp(g) * S``, ``u = beta * (v - S^T k)``, ``S = S + k u^T``,
     ``o = scale * S^T q``.
 
-    Without g, DeltaNet (Schlag et al., 2021; Yang et al., 2024); g of a token, Gated DeltaNet (Yang et
-    al., 2024); of a token and channel, Kimi Delta Attention (Kimi Team, 2025). The chunks' triangular
-    systems are solved in float32 (float64), not inverted: keys need not be of length 1, and beta may
-    reach 2.
+    Without g, DeltaNet (Schlag et al., 2021; Yang et al., 2024); g of a token, Gated DeltaNet (Yang
+    et al., 2024); of a token and channel, Kimi Delta Attention (Kimi Team, 2025). The chunks'
+    triangular systems are solved in float32 (float64), not inverted: keys need not be of length 1,
+    and beta may reach 2.
 
     Args:
         q, k: ``[B, T, H, K]``; float32, bfloat16, float16, or float64 on the CPU.
@@ -160,11 +161,12 @@ def infini_update(
         expected = _lse_dtype(k.dtype)
         _check(t.dtype == expected, op, f"{name} must be {expected}, got {t.dtype}")
     _check(v.dtype == k.dtype, op, f"v must be {k.dtype} as k is, got {v.dtype}")
-    k = k.to(state.dtype).transpose(1, 2).repeat_interleave(v.shape[2] // heads, dim=1)
-    u = v.to(state.dtype).transpose(1, 2)
-    if delta:
-        u = u - k @ state / ((k @ z[..., None]) + eps)
-    return state + k.mT @ u, z + k.sum(2)
+    with torch.autocast(k.device.type, enabled=False):
+        k = k.to(state.dtype).transpose(1, 2).repeat_interleave(v.shape[2] // heads, dim=1)
+        u = v.to(state.dtype).transpose(1, 2)
+        if delta:
+            u = u - k @ state / ((k @ z[..., None]) + eps)
+        return state + k.mT @ u, z + k.sum(2)
 
 
 def selective_scan(
@@ -293,8 +295,8 @@ def diagonal_scan(
     """``h[t] = a[t] * h[t - 1] + x[t]``, element by element.
 
     The decay itself is given, not its logarithm: 0, 1, negative and complex ones are exact, as the
-    polarised channels of Wang et al. (2025), FFM (Morad et al., 2023) and diagonal state spaces need
-    them.
+    polarised channels of Wang et al. (2025), FFM (Morad et al., 2023) and diagonal state spaces
+    need them.
 
     Args:
         x: ``[B, T, D]``; float32, bfloat16, float16, float64 on the CPU; or complex64, complex128.
@@ -323,7 +325,10 @@ def diagonal_scan(
     else:
         if not a.is_complex():
             a = torch.complex(a, torch.zeros_like(a))
-        pairs = tuple(t if t is None else torch.view_as_real(t) for t in (x, a, initial_state))
+        pairs = tuple(
+            torch.view_as_real(t) if t is not None and t.is_complex() else t
+            for t in (x, a, initial_state)
+        )
     h, state = _library.call(_diagonal_scan, pairs, *pairs, reset, cu_seqlens, **options)
     if x.is_complex():
         h, state = torch.view_as_complex(h), torch.view_as_complex(state)
@@ -341,7 +346,8 @@ def causal_conv1d(
     activation: str | None = None,
     output_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """A causal convolution of each channel: ``y[t] = sum_i weight[i] x[t - (W - 1 - i) * dilation]``.
+    """A causal convolution of each channel:
+    ``y[t] = sum_i weight[i] x[t - (W - 1 - i) * dilation]``.
 
     Args:
         x: ``[B, T, D]``; float32, bfloat16, float16, or float64 on the CPU.
@@ -472,7 +478,6 @@ def linear_attention_step(
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     tensors = q, k, v, state, z, g, state_indices
     if _library.use_fallback(q, "linear_attention_step"):
-        _library.no_gradient("linear_attention_step", dict(q=q, k=k, v=v, state=state, z=z, g=g))
         return fallback.linear_attention_step(*tensors, scale=scale, eps=eps)
     mutated = (state,) if z is None else (state, z)
     return _library.call_in_place(_linear_step, mutated, *tensors, scale=scale, eps=eps)
@@ -507,7 +512,6 @@ def delta_rule_step(
     tensors = q, k, v, beta, state, g, state_indices
     options = {"scale": scale, "qk_l2norm": qk_l2norm}
     if _library.use_fallback(q, "delta_rule_step"):
-        _library.no_gradient("delta_rule_step", dict(q=q, k=k, v=v, beta=beta, state=state, g=g))
         return fallback.delta_rule_step(*tensors, **options)
     return _library.call_in_place(_delta_step, (state,), *tensors, **options)
 
@@ -541,8 +545,6 @@ def selective_scan_step(
     """
     tensors = u, delta, A, B, C, state, D, z, delta_bias, state_indices
     if _library.use_fallback(u, "selective_scan_step"):
-        names = "u", "delta", "A", "B", "C", "state", "D", "z", "delta_bias"
-        _library.no_gradient("selective_scan_step", dict(zip(names, tensors, strict=False)))
         return fallback.selective_scan_step(*tensors, delta_softplus=delta_softplus)
     return _library.call_in_place(
         _selective_step, (state,), *tensors, delta_softplus=delta_softplus
@@ -576,7 +578,6 @@ def causal_conv1d_step(
     tensors = x, weight, state, bias, state_indices
     options = {"dilation": dilation, "activation": activation or "none"}
     if _library.use_fallback(x, "causal_conv1d_step"):
-        _library.no_gradient("causal_conv1d_step", dict(x=x, weight=weight, state=state, bias=bias))
         return fallback.causal_conv1d_step(*tensors, **options)
     return _library.call_in_place(_conv_step, (state,), *tensors, **options)
 
@@ -668,7 +669,7 @@ def _fake_chunk_gradients(needs, inputs, gate):
 
 @_fake("linear_attention_backward")
 def _(
-    dout, dstate, dz, q, k, v, g, initial_state, initial_z, cu_seqlens, out, *, needs, scale,
+    dout, dstate, dz, q, k, v, g, initial_state, initial_z, cu_seqlens, *, needs, scale,
     normalize, eps,
 ):  # fmt: skip
     return _fake_chunk_gradients(needs, (q, k, v, g, initial_state, initial_z), gate=3)
@@ -780,11 +781,11 @@ def _(x, weight, state, bias, state_indices, *, dilation, activation):
     return x.new_empty(x.shape)
 
 
-def _context(ctx, inputs, keyword_only_inputs, output, saved=()):
+def _context(ctx, inputs, keyword_only_inputs, output):
     ctx.set_materialize_grads(False)
     ctx.options = dict(keyword_only_inputs)
     ctx.options.pop("output_final_state", None)
-    ctx.save_for_backward(*inputs, *saved)
+    ctx.save_for_backward(*inputs)
 
 
 def _needs(ctx):
@@ -793,7 +794,8 @@ def _needs(ctx):
 
 
 def _dense(grad):
-    return None if grad is None else grad.contiguous()
+    """None, too, for the gradient of a state that was not asked for, which is empty."""
+    return None if grad is None or grad.numel() == 0 else grad.contiguous()
 
 
 def _asked(grads, needs, inputs):
@@ -816,17 +818,12 @@ def _chunk_gradients(grads, needs, inputs, gate):
     return _in_dtypes(grads, inputs)
 
 
-def _linear_context(ctx, inputs, keyword_only_inputs, output):
-    out = output[0] if keyword_only_inputs["normalize"] else None
-    _context(ctx, inputs, keyword_only_inputs, output, (out,))
-
-
 def _linear_gradient(ctx, dout, dstate, dz):
-    *inputs, out = ctx.saved_tensors
+    inputs = ctx.saved_tensors
     needs = _needs(ctx)
     dout = torch.zeros_like(inputs[2]) if dout is None else dout.contiguous()
     grads = _linear_attention_backward(
-        dout, _dense(dstate), _dense(dz), *inputs, out, needs=needs, **ctx.options
+        dout, _dense(dstate), _dense(dz), *inputs, needs=needs, **ctx.options
     )
     return _chunk_gradients(grads, needs, inputs, gate=3)
 
@@ -872,11 +869,13 @@ def _conv_gradient(ctx, dout, dstate):
 
 
 def _feature_gradient(ctx, dout):
+    if dout is None:
+        return None
     return _feature_map_backward(dout.contiguous(), *ctx.saved_tensors, **ctx.options)
 
 
 for _op, _backward, _setup in (
-    (_linear_attention, _linear_gradient, _linear_context),
+    (_linear_attention, _linear_gradient, _context),
     (_delta_rule, _delta_gradient, _context),
     (_selective_scan, _selective_gradient, _context),
     (_diagonal_scan, _diagonal_gradient, _diagonal_context),

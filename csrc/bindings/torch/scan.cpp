@@ -6,8 +6,10 @@
 #include "core/check.h"
 #include "scan/causal_conv1d.h"
 #include "scan/chunk_scan.h"
+#include "scan/diagonal_scan.h"
 #include "scan/feature_map.h"
 #include "scan/route_indices.h"
+#include "scan/selective_scan.h"
 #include "scan/sequences.h"
 #include "scan/state_step.h"
 
@@ -112,14 +114,13 @@ Tensor gate_gradient(const char* op, int64_t needs, int bit, const TensorView& g
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(
     const Tensor& dout, const OptionalTensor& dstate, const OptionalTensor& dz, const Tensor& q,
     const Tensor& k, const Tensor& v, const OptionalTensor& g, const OptionalTensor& initial_state,
-    const OptionalTensor& initial_z, const OptionalTensor& cu_seqlens, const OptionalTensor& out,
-    int64_t needs, double scale, bool normalize, double eps) {
+    const OptionalTensor& initial_z, const OptionalTensor& cu_seqlens, int64_t needs, double scale,
+    bool normalize, double eps) {
   constexpr char op[] = "linear_attention_backward";
   scan::ChunkScanArgs a = chunk_args(op, q, k, v, g, initial_state, cu_seqlens, scale);
   a.initial_z = view(op, "initial_z", initial_z);
   a.normalize = normalize;
   a.eps = eps;
-  a.out = view(op, "out", out);
   scan::ChunkScanGrads grads;
   grads.dout = view(op, "dout", dout);
   grads.dstate = view(op, "dstate", dstate);
@@ -154,6 +155,163 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta_rule_backward(
   Tensor dinitial_state = gradient(op, needs, 5, a.initial_state, grads.dinitial_state);
   scan::chunk_scan_backward(op, a, grads, OpContext(op, a.q.device));
   return {dq, dk, dv, dbeta, dg, dinitial_state};
+}
+
+// ---- selective scan ----
+
+scan::SelectiveScanArgs selective_args(const char* op, const Tensor& u, const Tensor& delta,
+                                       const Tensor& A, const Tensor& B, const Tensor& C,
+                                       const OptionalTensor& D, const OptionalTensor& z,
+                                       const OptionalTensor& delta_bias,
+                                       const OptionalTensor& initial_state,
+                                       const OptionalTensor& cu_seqlens, bool delta_softplus) {
+  scan::SelectiveScanArgs a;
+  a.u = view(op, "u", u);
+  a.delta = view(op, "delta", delta);
+  a.A = view(op, "A", A);
+  a.B = view(op, "B", B);
+  a.C = view(op, "C", C);
+  a.D = view(op, "D", D);
+  a.z = view(op, "z", z);
+  a.delta_bias = view(op, "delta_bias", delta_bias);
+  a.initial_state = view(op, "initial_state", initial_state);
+  a.delta_softplus = delta_softplus;
+  check_shape(op, "u", a.u, "[B, T, D]", {-1, -1, -1});
+  check_shape(op, "A", a.A, "[D, S]", {a.u.shape[2], -1});
+  a.sequences = scan::make_sequences(op, view(op, "cu_seqlens", cu_seqlens), a.u.shape[0],
+                                     a.u.shape[1], a.u.device);
+  return a;
+}
+
+std::tuple<Tensor, Tensor> selective_scan(const Tensor& u, const Tensor& delta, const Tensor& A,
+                                          const Tensor& B, const Tensor& C, const OptionalTensor& D,
+                                          const OptionalTensor& z, const OptionalTensor& delta_bias,
+                                          const OptionalTensor& initial_state,
+                                          const OptionalTensor& cu_seqlens, bool delta_softplus,
+                                          bool output_final_state) {
+  constexpr char op[] = "selective_scan";
+  scan::SelectiveScanArgs a = selective_args(op, u, delta, A, B, C, D, z, delta_bias, initial_state,
+                                             cu_seqlens, delta_softplus);
+  Tensor out = empty_like(a.u);
+  a.out = view(op, "out", out);
+  Tensor state = output_final_state
+                     ? empty({a.sequences.count, a.A.shape[0], a.A.shape[1]}, a.A.dtype, a.u.device)
+                     : empty({0}, a.A.dtype, a.u.device);
+  if (output_final_state) a.state = view(op, "state", state);
+  scan::selective_scan(a, OpContext(op, a.u.device));
+  return {out, state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+selective_scan_backward(const Tensor& dout, const OptionalTensor& dstate, const Tensor& u,
+                        const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                        const OptionalTensor& D, const OptionalTensor& z,
+                        const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
+                        const OptionalTensor& cu_seqlens, int64_t needs, bool delta_softplus) {
+  constexpr char op[] = "selective_scan_backward";
+  const scan::SelectiveScanArgs a = selective_args(op, u, delta, A, B, C, D, z, delta_bias,
+                                                   initial_state, cu_seqlens, delta_softplus);
+  scan::SelectiveScanGrads g;
+  g.dout = view(op, "dout", dout);
+  g.dstate = view(op, "dstate", dstate);
+  Tensor du = gradient(op, needs, 0, a.u, g.du), ddelta = gradient(op, needs, 1, a.delta, g.ddelta);
+  Tensor dA = gradient(op, needs, 2, a.A, g.dA);
+  Tensor dB = gradient(op, needs, 3, a.B, g.dB), dC = gradient(op, needs, 4, a.C, g.dC);
+  Tensor dD = gradient(op, needs, 5, a.D, g.dD), dz = gradient(op, needs, 6, a.z, g.dz);
+  Tensor dbias = gradient(op, needs, 7, a.delta_bias, g.ddelta_bias);
+  Tensor dinitial = gradient(op, needs, 8, a.initial_state, g.dinitial_state);
+  scan::selective_scan_backward(a, g, OpContext(op, a.u.device));
+  return {du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial};
+}
+
+Tensor selective_scan_step(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
+                           const Tensor& C, const Tensor& state, const OptionalTensor& D,
+                           const OptionalTensor& z, const OptionalTensor& delta_bias,
+                           const OptionalTensor& state_indices, bool delta_softplus) {
+  constexpr char op[] = "selective_scan_step";
+  scan::SelectiveScanStepArgs a;
+  a.u = view(op, "u", u);
+  a.delta = view(op, "delta", delta);
+  a.A = view(op, "A", A);
+  a.B = view(op, "B", B);
+  a.C = view(op, "C", C);
+  a.state = view(op, "state", state);
+  a.D = view(op, "D", D);
+  a.z = view(op, "z", z);
+  a.delta_bias = view(op, "delta_bias", delta_bias);
+  a.state_indices = view(op, "state_indices", state_indices);
+  a.delta_softplus = delta_softplus;
+  Tensor out = empty_like(a.u);
+  a.out = view(op, "out", out);
+  scan::selective_scan_step(a, OpContext(op, a.u.device));
+  return out;
+}
+
+// ---- diagonal scan ----
+
+// The sequences of x or h, and the sizes [N, D] or [N, D, 2] of its states.
+struct DiagonalSizes {
+  scan::Sequences sequences;
+  TensorView state;
+
+  DiagonalSizes(const char* op, const char* arg, const TensorView& like,
+                const OptionalTensor& cu_seqlens) {
+    check(like.ndim == 3 || (like.ndim == 4 && like.shape[3] == 2), op, arg,
+          " must be [B, T, D] or [B, T, D, 2], got ", shape_of(like));
+    sequences = scan::make_sequences(op, view(op, "cu_seqlens", cu_seqlens), like.shape[0],
+                                     like.shape[1], like.device);
+    state = like;
+    state.dtype = accumulator(like.dtype);
+    state.ndim = like.ndim - 1;
+    state.shape[0] = sequences.count;
+    state.shape[1] = like.shape[2];
+    state.shape[2] = 2;
+  }
+};
+
+std::tuple<Tensor, Tensor> diagonal_scan(const Tensor& x, const Tensor& a,
+                                         const OptionalTensor& initial_state,
+                                         const OptionalTensor& reset,
+                                         const OptionalTensor& cu_seqlens,
+                                         bool output_final_state) {
+  constexpr char op[] = "diagonal_scan";
+  scan::DiagonalScanArgs s;
+  s.x = view(op, "x", x);
+  s.a = view(op, "a", a);
+  s.initial_state = view(op, "initial_state", initial_state);
+  s.reset = view(op, "reset", reset);
+  DiagonalSizes sizes(op, "x", s.x, cu_seqlens);
+  s.sequences = sizes.sequences;
+  Tensor h = empty_like(s.x);
+  s.h = view(op, "h", h);
+  Tensor state = output_final_state ? empty_like(sizes.state)
+                 : s.x.ndim == 4    ? empty({0, 2}, sizes.state.dtype, s.x.device)
+                                    : empty({0}, sizes.state.dtype, s.x.device);
+  if (output_final_state) s.state = view(op, "state", state);
+  scan::diagonal_scan(s, OpContext(op, s.x.device));
+  return {h, state};
+}
+
+std::tuple<Tensor, Tensor, Tensor> diagonal_scan_backward(
+    const Tensor& dh, const OptionalTensor& dstate, const Tensor& a, const Tensor& h,
+    const OptionalTensor& initial_state, const OptionalTensor& reset,
+    const OptionalTensor& cu_seqlens, int64_t needs) {
+  constexpr char op[] = "diagonal_scan_backward";
+  scan::DiagonalScanArgs s;
+  s.a = view(op, "a", a);
+  s.h = view(op, "h", h);
+  s.initial_state = view(op, "initial_state", initial_state);
+  s.reset = view(op, "reset", reset);
+  const DiagonalSizes sizes(op, "h", s.h, cu_seqlens);
+  s.sequences = sizes.sequences;
+  scan::DiagonalScanGrads g;
+  g.dh = view(op, "dh", dh);
+  g.dstate = view(op, "dstate", dstate);
+  Tensor dx = gradient(op, needs, 0, s.h, g.dx);
+  Tensor da = gradient(op, needs, 1, s.a.ndim == s.h.ndim ? s.a : sizes.state, g.da);
+  Tensor dinitial = gradient(op, needs, 2, sizes.state, g.dinitial_state);
+  scan::diagonal_scan_backward(s, g, OpContext(op, s.h.device));
+  return {dx, da, dinitial};
 }
 
 // ---- causal convolution ----
@@ -364,8 +522,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MEMKERNELS_NAMESPACE, m) {
       "bool output_final_state) -> (Tensor out, Tensor state, Tensor z)");
   m.def(
       "linear_attention_backward(Tensor dout, Tensor? dstate, Tensor? dz, Tensor q, Tensor k, "
-      "Tensor v, Tensor? g, Tensor? initial_state, Tensor? initial_z, Tensor? cu_seqlens, "
-      "Tensor? out, *, int needs, float scale, bool normalize, float eps) "
+      "Tensor v, Tensor? g, Tensor? initial_state, Tensor? initial_z, Tensor? cu_seqlens, *, "
+      "int needs, float scale, bool normalize, float eps) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dinitial_state, Tensor dinitial_z)");
   m.def(
       "delta_rule(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial_state, "
@@ -426,6 +584,11 @@ STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) {
   m.impl("linear_attention_backward", TORCH_BOX(&linear_attention_backward));
   m.impl("delta_rule", TORCH_BOX(&delta_rule));
   m.impl("delta_rule_backward", TORCH_BOX(&delta_rule_backward));
+  m.impl("selective_scan", TORCH_BOX(&selective_scan));
+  m.impl("selective_scan_backward", TORCH_BOX(&selective_scan_backward));
+  m.impl("selective_scan_step", TORCH_BOX(&selective_scan_step));
+  m.impl("diagonal_scan", TORCH_BOX(&diagonal_scan));
+  m.impl("diagonal_scan_backward", TORCH_BOX(&diagonal_scan_backward));
   m.impl("causal_conv1d", TORCH_BOX(&causal_conv1d));
   m.impl("causal_conv1d_backward", TORCH_BOX(&causal_conv1d_backward));
   m.impl("feature_map", TORCH_BOX(&feature_map));

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from memkernels.nn.engram import Engram
+from memkernels.nn.gated_delta_net import GatedDeltaNet, GatedDeltaState
+from memkernels.nn.infini_attention import InfiniAttention, InfiniState
 from memkernels.nn.knn_memory import KNNMemory
 from memkernels.nn.paged_kv_cache import PagedKVCache, Step
 from memkernels.nn.peer import PEER
@@ -14,7 +16,11 @@ from memkernels.nn.tables import open_table
 __all__ = [
     "PEER",
     "Engram",
+    "GatedDeltaNet",
+    "GatedDeltaState",
     "HeavyHitter",
+    "InfiniAttention",
+    "InfiniState",
     "KNNMemory",
     "PagedKVCache",
     "Policy",

@@ -224,27 +224,30 @@ class Engram(nn.Module):
             hidden.to(k.dtype), k, v, self.gate_weight, eps=self._eps, sign=self._sign
         )  # [T, C, D]
 
-        if cu_seqlens is None:
-            cu_seqlens = torch.arange(len(ids) + 1, device=ids.device) * ids.shape[1]
-        cu_seqlens = cu_seqlens.long()
-        num_seqs = len(cu_seqlens) - 1
         if self.conv is not None:
             values = F.rms_norm(out, out.shape[-1:], eps=self._eps) * self.conv_norm
-            (dilation,) = self.conv.dilation
-            reach = (self.conv.kernel_size[0] - 1) * dilation
-            if past_values is None:
-                past_values = values.new_zeros(num_seqs, reach, *values.shape[1:])
-            row, place, past_values = _go_on(past_values, values, cu_seqlens)
-            # Padded, as torch refuses to convolve nothing.
-            row = F.pad(row.flatten(1).T, (0, reach + 1))  # [C * D, L]
-            spread = self.conv(row[None])[0].T[place - reach]
-            out = out + F.silu(spread).view(out.shape)
+            if past_values is not None:
+                past_values = past_values.to(values.dtype).flatten(2).mT.contiguous()
+            spread, past_values = memkernels.causal_conv1d(
+                values.view(*ids.shape, channels * dim),
+                self.conv.weight[:, 0],
+                initial_state=past_values,
+                cu_seqlens=cu_seqlens,
+                dilation=self.conv.dilation[0],
+                activation="silu",
+                output_final_state=return_past,
+            )
+            out = out + spread.view(out.shape)
         out = out.view(shape)
         if not return_past:
             return out
+        if past_values is not None:
+            past_values = past_values.mT.unflatten(2, (channels, dim))
+        if cu_seqlens is None:
+            cu_seqlens = torch.arange(len(ids) + 1, device=ids.device) * ids.shape[1]
         if past_ids is None:
-            past_ids = self._padding(ids, num_seqs)
-        _, _, past_ids = _go_on(past_ids, ids.flatten(), cu_seqlens)
+            past_ids = self._padding(ids, len(cu_seqlens) - 1)
+        past_ids = _latest(past_ids, ids.flatten(), cu_seqlens.long())
         return out, {"past_ids": past_ids, "past_values": past_values}
 
     def _padding(self, token_ids: Tensor, num_seqs: int) -> Tensor:
@@ -256,30 +259,14 @@ class Engram(nn.Module):
         return self.token_map[token_ids.clamp(min=0)].where(token_ids >= 0, token_ids)
 
 
-def _go_on(past: Tensor, new: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Lays sequences behind each other, each behind its past.
-
-    Args:
-        past: ``[N, R, ...]``.
-        new: ``[T, ...]``, packed.
-        cu_seqlens: ``[N + 1]``.
-
-    Returns:
-        all of them ``[N * R + T, ...]``, where the new ones lie in it ``[T]``, and what is to be
-        the past next time, like past.
-    """
-    num_seqs, reach = past.shape[:2]
-    device = new.device
-    token = torch.arange(len(new), device=device)
-    ends = cu_seqlens[1:]
-    place = token + (torch.searchsorted(ends, token, right=True) + 1) * reach
-    step = torch.arange(reach, device=device)
-    before = (torch.arange(num_seqs, device=device) * reach)[:, None] + step  # [N, R]
-    first, last = (bound[:, None] + before for bound in (cu_seqlens[:-1], ends))
-    row = new.new_empty(num_seqs * reach + len(new), *new.shape[1:])
-    row = row.index_copy(0, place, new)
-    row = row.index_copy(0, first.flatten(), past.flatten(0, 1).to(new.dtype))
-    return row, place, row[last]
+def _latest(past: Tensor, new: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The last R tokens of each sequence, as past ``[N, R]``, of that and of packed ``new [T]``."""
+    num_seqs, reach = past.shape
+    first, end = cu_seqlens[:-1, None], cu_seqlens[1:, None]
+    place = end + torch.arange(-reach, 0, device=new.device)  # in new, or before it
+    row = torch.arange(1, num_seqs + 1, device=new.device)[:, None]
+    place = torch.where(place < first, row * reach + place - first, past.numel() + place)
+    return torch.cat((past.flatten().to(new.dtype), new))[place]
 
 
 def _primes(start: int, count: int) -> list[int]:

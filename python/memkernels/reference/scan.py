@@ -320,7 +320,11 @@ def feature_map(x, kind, *, nu=3):
                 features.append(product / math.sqrt(2) if i == j else product)
     else:
         r = np.maximum(np.concatenate([x, -x], axis=-1), 0)
-        features = [r[..., i] * r[..., i - j] for j in range(1, nu + 1) for i in range(2 * dim)]
+        features = [
+            r[..., i] * r[..., (i - j) % (2 * dim)]
+            for j in range(1, nu + 1)
+            for i in range(2 * dim)
+        ]
     return np.stack(features, axis=-1)
 
 
