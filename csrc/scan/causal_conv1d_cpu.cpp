@@ -22,10 +22,10 @@ using lookup::WholeVector;
 constexpr int kTokens = 4;
 constexpr int kMostTaps = 16;
 
-// Of x beyond 87 what it is there: 1e-38 from 0 or 1.
+// Of x beyond the bound what it is there, all but 0 or 1.
 template <class A>
 MK_INLINE Vec<A> sigmoid(Vec<A> x) {
-  const Vec<A> bound = splat(A(87));
+  const Vec<A> bound = splat(A(sizeof(A) == 4 ? 87 : 700));
   return 1 / (1 + exp_within(vmax(-vmax(x, -bound), -bound)));
 }
 
