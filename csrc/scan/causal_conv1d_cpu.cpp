@@ -22,10 +22,11 @@ using lookup::WholeVector;
 constexpr int kTokens = 4;
 constexpr int kMostTaps = 16;
 
-// x times it is silu(x). Below -87 it stays what it is there, 1e-38.
+// Of x beyond the bound what it is there, all but 0 or 1.
 template <class A>
 MK_INLINE Vec<A> sigmoid(Vec<A> x) {
-  return 1 / (1 + exp(-vmax(x, splat(A(-87)))));
+  const Vec<A> bound = splat(A(sizeof(A) == 4 ? 87 : 700));
+  return 1 / (1 + exp_within(vmax(-vmax(x, -bound), -bound)));
 }
 
 // Vectors of channels from `first` up to `last`.

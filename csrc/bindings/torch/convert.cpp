@@ -147,7 +147,7 @@ Tensor sparse_zeros(std::initializer_list<int64_t> shape, Dtype dtype, Device de
 }
 
 Tensor gradient(const char* op, int64_t needs, int bit, const TensorView& like, TensorView& to) {
-  if (!(needs >> bit & 1)) return empty({0}, like.dtype, like.device);
+  if (!(needs >> bit & 1) || !given(like)) return empty({0}, like.dtype, like.device);
   Tensor t = empty_like(like);
   to = view(op, "gradient", t);
   return t;

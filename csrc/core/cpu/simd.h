@@ -442,8 +442,8 @@ MK_INLINE A max(Vec<A> v) {
 
 // ---- elementary functions ----------------------------------------------------------------------
 
-// e^x for x up to 88, within 1.2 ulp; 0 below -87.3 (and for -inf, exactly); NaN stays NaN.
-MK_INLINE Vec<float> exp(Vec<float> x) {
+// e^x for x from -87.3 to 88, within 1.2 ulp.
+MK_INLINE Vec<float> exp_within(Vec<float> x) {
   const float magic = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
   const Vec<float> shifted = x * 0x1.715476p0f + magic;
   const Vec<float> n = shifted - magic;
@@ -456,8 +456,12 @@ MK_INLINE Vec<float> exp(Vec<float> x) {
   p = p * r + 0x1.fffffcp-2f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const Vec<float> y =
-      bit_cast<Vec<float>>(bit_cast<VecI32>(p) + (bit_cast<VecI32>(shifted) << 23));
+  return bit_cast<Vec<float>>(bit_cast<VecI32>(p) + (bit_cast<VecI32>(shifted) << 23));
+}
+
+// e^x for x up to 88; 0 below -87.3 (and for -inf, exactly); NaN stays NaN.
+MK_INLINE Vec<float> exp(Vec<float> x) {
+  const Vec<float> y = exp_within(x);
   const Vec<float> small = x < -87.3f ? Vec<float>{} : x;  // 0, or the NaN to keep
   return x >= -87.3f ? y : small;
 }
@@ -466,6 +470,8 @@ MK_INLINE Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
   return x;
 }
+
+MK_INLINE Vec<double> exp_within(Vec<double> x) { return exp(x); }
 
 MK_INLINE float exp(float x) { return exp(splat(x))[0]; }
 MK_INLINE double exp(double x) { return __builtin_exp(x); }
