@@ -105,6 +105,9 @@ ERRORS = {
     "dtype_of_delta": ("delta", lambda c: {"delta": c.delta.half()}),
     "channels_of_A": ("A", lambda c: {"A": c.A[:-1]}),
     "rank_of_A": ("A", lambda c: {"A": c.A[:, 0]}),
+    "no_states": ("A", lambda c: {"A": c.A[:, :0], "B": c.B[..., :0], "C": c.C[..., :0],
+                                  "initial_state": c.initial_state[..., :0]}),
+    "states_beyond_256": ("A", lambda c: {"A": c.A[:, :1].repeat(1, 257)}),
     "narrow_A": ("A", lambda c: {"A": c.A.half()}),
     "tokens_of_B": ("B", lambda c: {"B": c.B[:, :-1]}),
     "groups_of_both": ("B|C", lambda c: {"B": c.B[:, :, [0, 1, 1]], "C": c.C[:, :, [0, 1, 1]]}),
@@ -122,7 +125,7 @@ ERRORS = {
     "narrow_bias": ("delta_bias", lambda c: {"delta_bias": c.delta_bias.half()}),
     "channels_of_state": ("initial_state", lambda c: {"initial_state": c.initial_state[:, :-1]}),
     "narrow_state": ("initial_state", lambda c: {"initial_state": c.initial_state.half()}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("error", ERRORS)

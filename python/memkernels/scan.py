@@ -189,7 +189,7 @@ def selective_scan(
 
     Args:
         u, delta: ``[B, T, D]``; float32, bfloat16, float16, or float64 on the CPU.
-        A: ``[D, S]``, float32 (float64 for float64), usually negative.
+        A: ``[D, S]``, float32 (float64 for float64), usually negative; S from 1 to 256.
         B, C: ``[B, T, G, S]``, dtype of u, D a multiple of G; channel d reads group
             ``d // (D / G)``.
         D: ``[D]``, float32 (float64 for float64).

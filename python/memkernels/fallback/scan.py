@@ -54,7 +54,7 @@ def linear_attention(
         states.append(_initial(op, "initial_z", initial_z, v, shape[:3]))
     else:
         _check(op, initial_z is None, "initial_z", "absent without normalize", "one")
-    tokens = *_every_head(q, k, v), _decay(g, k, v)
+    tokens = *_every_head(q, k, v), _decay(g, v)
     step = functools.partial(_linear, scale=k.shape[3] ** -0.5 if scale is None else scale, eps=eps)
     out, *states = _scan(step, tokens, states, bounds, v)
     if not output_final_state:
@@ -224,7 +224,7 @@ def linear_attention_step(
     _refuse_gradients(op, q=q, k=k, v=v, state=state, z=z, g=g)
     shape = v.shape[1], k.shape[2], v.shape[2]
     states = {"state": (state, shape)} | ({} if z is None else {"z": (z, shape[:2])})
-    tokens = *_every_head(q, k, v), _decay(g, k, v)
+    tokens = *_every_head(q, k, v), _decay(g, v)
     step = functools.partial(_linear, scale=k.shape[2] ** -0.5 if scale is None else scale, eps=eps)
     return _step(op, step, tokens, states, state_indices, v)
 
@@ -333,7 +333,7 @@ def _every_head(q, k, v):
     return *(x.to(dtype).repeat_interleave(group, -2) for x in (q, k)), v.to(dtype)
 
 
-def _decay(g, k, v):
+def _decay(g, v):
     """``[..., HV, 1 or K]``."""
     dtype = _attention._accumulator(v.dtype)
     if g is None:
@@ -346,7 +346,7 @@ def _delta_tokens(q, k, v, beta, g, qk_l2norm):
     q, k, values = _every_head(q, k, v)
     if qk_l2norm:
         q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
-    return q, k, values, beta.to(values.dtype), _decay(g, k, v)
+    return q, k, values, beta.to(values.dtype), _decay(g, v)
 
 
 def _selective_tokens(u, delta, B, C, z, delta_bias, delta_softplus):
@@ -480,7 +480,7 @@ def _check_channels(op, u, delta, A, B, C, D, z, delta_bias, leading):
     wide = _wide(u.dtype)
     alike = A.dim() == 2 and len(A) == channels and A.dtype == wide
     _check(op, alike, "A", f"{wide} [{channels}, S]", _describe(A))
-    _check_some(op, "A", A)
+    _check(op, 1 <= A.shape[1] <= 256, "A", "of 1 to 256 states", A.shape[1])
     alike = B.dim() == ndim + 1 and list(B.shape[:-2]) == sizes and B.shape[-1] == A.shape[1]
     alike = alike and B.dtype == u.dtype
     _check(op, alike, "B", f"{u.dtype} {[*sizes, 'G', A.shape[1]]}", _describe(B))
