@@ -29,8 +29,7 @@ using lookup::sum_columns;
 constexpr int kChunk = kTileRows == 8 ? 64 : 48;
 constexpr int kBlock = 2 * kTileRows;
 
-// ---- products
-// ------------------------------------------------------------------------------------
+// ---- products ----
 
 // Element (i, k) of the left operand.
 template <class A>
@@ -177,8 +176,7 @@ void to_panels_transposed(const A* from, int64_t ld, int64_t rows, int64_t cols,
   }
 }
 
-// ---- a chunk
-// -------------------------------------------------------------------------------------
+// ---- a chunk ----
 
 // A row of `dim` elements as accumulators, zeros up to `padded`.
 template <class T>

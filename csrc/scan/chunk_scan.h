@@ -24,7 +24,7 @@ struct ChunkScanArgs {
   double eps = 0;
   bool qk_l2norm = false;
 
-  TensorView out;    // [B, T, HV, V],
+  TensorView out;    // [B, T, HV, V], in the forward;
   TensorView state;  // [N, HV, K, V] and
   TensorView z;      // [N, HV, K], contiguous, written; or absent
 };

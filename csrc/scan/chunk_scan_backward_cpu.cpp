@@ -66,9 +66,9 @@ struct Backward {
   A* diagonal;                       // [kChunk] of dscores
   A* dtotal;                         // [ld] total times its gradient
   A *dread, *derase, *dwrite;        // [kChunk][ld]
-  A *dq, *dk_reader,
-      *dk_written;  // [kChunk][ld], of pairs; of k as the later and the earlier token
-  A* dgate;         // [kChunk][ld]
+  // [kChunk][ld], of pairs; of k as the later and as the earlier token:
+  A *dq, *dk_reader, *dk_written;
+  A* dgate;                                       // [kChunk][ld]
   Panels<A> q_panels, earlier_keys, later_grads;  // [k_panels][kChunk][P]
 
   Backward(const ChunkScanArgs& args, const ChunkScanGrads& grads, const ChunkTask& task,
