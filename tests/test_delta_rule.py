@@ -19,9 +19,22 @@ DELTA = "delta_rule"
 
 
 @at_random(sizes=chunk_sizes(), qk_l2norm=st.booleans(), scale=st.sampled_from([None, 1.0, 0.3]))
-def test_at_random(scan_ops, sizes, **options):
-    slack = ALONE if sizes["dims"][0] == 1 else SLACK
-    check_scan(scan_ops, DELTA, delta_case(**sizes, **options), slack)
+def test_at_random(scan_ops, sizes, qk_l2norm, **options):
+    """Rows of one element are not normalised: of their gradients only roundings are left."""
+    alone = sizes["dims"][0] == 1
+    case = delta_case(**sizes, qk_l2norm=qk_l2norm and not alone, **options)
+    check_scan(scan_ops, DELTA, case, ALONE if alone else SLACK)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_normalized_rows_of_one_element(scan_ops, dtype):
+    arguments = delta_case((2, 40), (1, 2), (1, 5), dtype=dtype, qk_l2norm=True)
+    check(scan_ops, DELTA, arguments, slack=SLACK)
+    for name in "q", "k":  # keep away from 0, where the norm's epsilon is something
+        arguments[name] = arguments[name].sign() * (1 + arguments[name].abs())
+    grads = gradients(getattr(scan_ops, DELTA), arguments)
+    assert_nothing(grads["q"])
+    assert_nothing(grads["k"])
 
 
 @pytest.mark.parametrize("gate", [None, "token", "channel"])

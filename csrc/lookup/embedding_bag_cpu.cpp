@@ -39,7 +39,7 @@ MK_INLINE void add_quantised(const R* row, int64_t columns, const TensorView& sc
     int64_t c = 0;
     for (; c + W <= block; c += W) store(sums + c, load(sums + c) + scale * load_elements(row + c));
     if (c == block) continue;
-    const Vec<float> rest = scale * load_some(row + c, block - c);
+    const Vec<float> rest = scale * load_some_elements(row + c, block - c);
     for (int64_t i = c; i < block; ++i) sums[i] += rest[i - c];
   }
 }
@@ -55,7 +55,8 @@ MK_INLINE float multiply_quantised(const R* row, int64_t columns, const TensorVi
     const float scale = scale_of(scales, index, b);
     int64_t c = 0;
     for (; c + W <= block; c += W) sums += scale * load(x + c) * load_elements(row + c);
-    if (c < block) sums += scale * load_some(x + c, block - c) * load_some(row + c, block - c);
+    if (c < block)
+      sums += scale * load_some(x + c, block - c) * load_some_elements(row + c, block - c);
   }
   return sum<float>(sums);
 }

@@ -10,7 +10,7 @@
 // The next row is asked for while one is written, or reading would wait for arithmetic in turn.
 #include "lookup/engram_gate.h"
 
-#include "lookup/columns_cpu.h"
+#include "core/cpu/columns.h"
 
 namespace memkernels::lookup {
 namespace {

@@ -7,7 +7,7 @@
 // before they are needed.
 #include "lookup/row_update.h"
 
-#include "lookup/columns_cpu.h"
+#include "core/cpu/columns.h"
 
 namespace memkernels::lookup {
 namespace {

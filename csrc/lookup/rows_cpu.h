@@ -5,7 +5,7 @@
 // that no bit depends on how work is cut or grouped.
 #pragma once
 
-#include "core/cpu/simd.h"
+#include "core/cpu/columns.h"
 #include "core/tensor.h"
 #include "lookup/lists.h"
 
@@ -59,26 +59,14 @@ MK_INLINE Vec<float> load_elements(const e4m3* p) {
   return bit_cast<Vec<float>>(value | (bits & 0x80) << 24);
 }
 
-// The first `left` elements of a row that ends there, at most a vector; the rest read as zero.
+// load_some() of elements that load_elements() knows.
 template <class R>
-MK_INLINE Vec<Acc<R>> load_some(const R* p, int64_t left) {
+MK_INLINE Vec<Acc<R>> load_some_elements(const R* p, int64_t left) {
   constexpr int W = kLanes<Acc<R>>;
   if (left >= W) return load_elements(p);
   R padded[W] = {};
   for (int64_t i = 0; i < left; ++i) padded[i] = p[i];
   return load_elements(padded);
-}
-
-template <class R>
-MK_INLINE void store_some(R* p, int64_t left, Vec<Acc<R>> v) {
-  constexpr int W = kLanes<Acc<R>>;
-  if (left >= W) {
-    store_ordered(p, v);
-  } else {
-    R padded[W];
-    store_ordered(padded, v);
-    for (int64_t i = 0; i < left; ++i) p[i] = padded[i];
-  }
 }
 
 // Columns [column, column + columns) of a table's rows.
@@ -123,7 +111,7 @@ MK_INLINE void multiply_rows(const Table<R>& table, const int64_t* rows, const i
   }
   for (; c < table.columns; c += W) {
     for (int g = 0; g < G; ++g) {
-      sums[g] += load(x + c) * load_some(at[g] + c, table.columns - c);
+      sums[g] += load(x + c) * load_some_elements(at[g] + c, table.columns - c);
     }
   }
   for (int g = 0; g < G; ++g) products[g] = sum<A>(sums[g]);
@@ -174,7 +162,7 @@ MK_INLINE void sum_block(const Lists& lists, int64_t list, const Table<R>& table
     const Vec<A> factor = splat(factors[i]);
 #pragma GCC unroll 24
     for (int v = 0; v < V - 1; ++v) sums[v] += factor * load_elements(at + v * W);
-    sums[V - 1] += factor * load_some(at + (V - 1) * W, left);
+    sums[V - 1] += factor * load_some_elements(at + (V - 1) * W, left);
   }
 #pragma GCC unroll 24
   for (int v = 0; v < V; ++v) write(column + v * W, v == V - 1 ? left : W, sums[v]);
@@ -220,7 +208,8 @@ template <class R, class A = Acc<R>>
 MK_INLINE void read_row(const TensorView& t, int64_t row, A* out) {
   const R* from = static_cast<const R*>(t.data) + row * t.stride[0];
   const int64_t columns = t.shape[1];
-  for (int64_t c = 0; c < columns; c += kLanes<A>) store(out + c, load_some(from + c, columns - c));
+  for (int64_t c = 0; c < columns; c += kLanes<A>)
+    store(out + c, load_some_elements(from + c, columns - c));
 }
 
 }  // namespace

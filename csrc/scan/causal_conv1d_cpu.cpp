@@ -11,23 +11,13 @@
 #include "scan/causal_conv1d.h"
 
 #include "core/cpu/arena.h"
-#include "lookup/columns_cpu.h"
+#include "core/cpu/columns.h"
 
 namespace memkernels::scan {
 namespace {
 
-using lookup::PartOfVector;
-using lookup::WholeVector;
-
 constexpr int kTokens = 4;
 constexpr int kMostTaps = 16;
-
-// Of x beyond the bound what it is there, all but 0 or 1.
-template <class A>
-MK_INLINE Vec<A> sigmoid(Vec<A> x) {
-  const Vec<A> bound = splat(A(sizeof(A) == 4 ? 87 : 700));
-  return 1 / (1 + exp_within(vmax(-vmax(x, -bound), -bound)));
-}
 
 // Vectors of channels from `first` up to `last`.
 template <class Vector>
@@ -395,12 +385,11 @@ struct ConvWeights {
         for (int64_t l = 0; l + 1 < size; ++l) state[l] = state[l + 1];
         if (size > 0) state[size - 1] = x[c];
       }
-      lookup::for_columns<A>(count,
-                             [&](int64_t c, auto vector, int) __attribute__((always_inline)) {
-                               const Vec<A> v = vector.load(y + c);
-                               const bool silu = a.activation == ConvActivation::silu;
-                               vector.store(out + first + c, silu ? v * sigmoid<A>(v) : v);
-                             });
+      for_columns<A>(count, [&](int64_t c, auto vector, int) __attribute__((always_inline)) {
+        const Vec<A> v = vector.load(y + c);
+        const bool silu = a.activation == ConvActivation::silu;
+        vector.store(out + first + c, silu ? v * sigmoid<A>(v) : v);
+      });
     }
   }
 

@@ -16,14 +16,11 @@
 
 #include "core/cpu/arena.h"
 #include "core/cpu/tile.h"
-#include "lookup/columns_cpu.h"
 #include "scan/chunk_scan.h"
+#include "scan/rows_cpu.h"
 
 namespace memkernels::scan {
 namespace {
-
-using lookup::for_columns;
-using lookup::sum_columns;
 
 // Tokens of a chunk, and of a block: multiples of the tile's rows and, of a chunk, its columns.
 constexpr int kChunk = kTileRows == 8 ? 64 : 48;
@@ -31,12 +28,14 @@ constexpr int kBlock = 2 * kTileRows;
 
 // ---- products ----
 
-// Element (i, k) of the left operand.
-template <class A>
-struct Left {
-  const A* data;
+// Element (i, k) of the left operand, k in units.
+template <class M>
+struct LeftOf {
+  const typename M::Unit* data;
   int64_t row, col;
 };
+template <class A>
+using Left = LeftOf<Scalar<A>>;
 // Column n of the right operand, and of some results, lies in panel n / kPanel.
 template <class A>
 struct Panels {
@@ -67,14 +66,17 @@ struct Decayed {
   MK_INLINE Vec<A> operator()(int64_t row, const A* c) const { return load(c) * factors[row]; }
 };
 
-// A panel of C from start(row, C) + A * B; rows are rounded up to the tile's.
-template <Part part = Part::all, class A, class Start>
-void multiply_panel(int64_t rows, int64_t inner, Left<A> a, const A* b, A* c, int64_t ldc,
-                    const Start& start) {
+// A panel of C from start(row, C) + A * B; rows are rounded up to the tile's, and `inner`, elements
+// of K, to units.
+template <Part part = Part::all, class M, class Start>
+void multiply_panel(int64_t rows, int64_t inner, LeftOf<M> a, const typename M::Unit* b,
+                    typename M::A* c, int64_t ldc, const Start& start) {
+  using A = typename M::A;
   constexpr int W = kLanes<A>, P = kPanel<A>;
+  static_assert(kTileRows % M::kElements == 0);
   for (int64_t m = 0; m < rows; m += kTileRows) {
-    const int64_t from = part == Part::upper ? m : 0;
-    const int64_t to = part == Part::lower && m + kTileRows < inner ? m + kTileRows : inner;
+    const int64_t end = part == Part::lower && m + kTileRows < inner ? m + kTileRows : inner;
+    const int64_t from = part == Part::upper ? m / M::kElements : 0, to = units<M>(end);
     Vec<A> acc[kTileRows][2];
 #pragma GCC unroll 8
     for (int i = 0; i < kTileRows; ++i) {
@@ -82,8 +84,7 @@ void multiply_panel(int64_t rows, int64_t inner, Left<A> a, const A* b, A* c, in
       acc[i][1] = start(m + i, c + (m + i) * ldc + W);
     }
     if (to > from) {
-      multiply<Scalar<A>>(to - from, 1, a.data + m * a.row + from * a.col, a.row, a.col,
-                          b + from * P, acc);
+      multiply<M>(to - from, 1, a.data + m * a.row + from * a.col, a.row, a.col, b + from * P, acc);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kTileRows; ++i) {
@@ -178,39 +179,17 @@ void to_panels_transposed(const A* from, int64_t ld, int64_t rows, int64_t cols,
 
 // ---- a chunk ----
 
-// A row of `dim` elements as accumulators, zeros up to `padded`.
-template <class T>
-MK_INLINE void read_row(const T* row, int64_t dim, int64_t padded, Acc<T>* out) {
-  for_columns<Acc<T>>(dim, [&](int64_t c, auto vector, int) __attribute__((always_inline)) {
-    store(out + c, vector.load(row + c));
-  });
-  constexpr int W = kLanes<Acc<T>>;
-  for (int64_t c = round_up(dim, W); c < padded; c += W) store(out + c, Vec<Acc<T>>{});
-}
-
-template <class T>
-const T* row_at(const TensorView& x, int64_t b, int64_t t, int64_t h) {
-  return static_cast<const T*>(x.data) + b * x.stride[0] + t * x.stride[1] + h * x.stride[2];
-}
-
 inline int64_t offset_of(const TensorView& x, int64_t b, int64_t t, int64_t h) {
   return b * x.stride[0] + t * x.stride[1] + h * x.stride[2];
 }
 
-template <class A>
-A inverse_norm(const A* row, int64_t dim) {
-  A squares;
-  sum_columns<A, 1>(dim, &squares,
-                    [&](int64_t c, auto vector, Vec<A>* s) __attribute__((always_inline)) {
-                      const Vec<A> x = vector.load(row + c);
-                      s[0] += x * x;
-                    });
-  return A(1) / static_cast<A>(__builtin_sqrt(squares + A(1e-6)));
-}
-
+// Products that make U, scores of a scalar decay, and S have the operands of Math<T>; the rest is
+// computed in A.
 template <class T>
 struct Chunk {
   using A = Acc<T>;
+  using M = Math<T>;
+  using Unit = typename M::Unit;
   static constexpr int W = kLanes<A>, P = kPanel<A>;
 
   const ChunkScanArgs& args;
@@ -236,7 +215,11 @@ struct Chunk {
   A* gate;                   // [kChunk] the scalar d
   A* tail;                   // [kBlock][ld] keys of a block, decayed to its end, and
   A* block_total;            // [ld] what decays over all of it
-  Panels<A> columns;         // k transposed: [kChunk / P][round_up(K, W)][P]
+  Panels<Unit> columns;      // k transposed: [kChunk / P][round_up(K, W)][P], units of it
+  LeftOf<M> reads, erases, writes, weights;  // read, erase, write transposed, and scores
+  struct {
+    Unit *q, *k, *reads, *erases, *writes, *weights;
+  } rounded;  // where operands lie if they are not what they are made of
 
   int64_t begin;        // the first token
   int64_t count, rows;  // tokens, and the same rounded up to the tile's rows
@@ -263,7 +246,13 @@ struct Chunk {
     tail = arena.take<A>(kBlock * ld);
     block_total = arena.take<A>(ld);
     columns.stride = round_up(K, W) * P;
-    columns.data = arena.take<A>(kChunk / P * columns.stride);
+    columns.data = arena.take<Unit>(kChunk / P * columns.stride);
+    if constexpr (M::kElements > 1) {
+      Unit** const of_rows[] = {&rounded.q, &rounded.k, &rounded.reads, &rounded.erases,
+                                &rounded.writes};
+      for (Unit** x : of_rows) *x = arena.take<Unit>(units<M>(kChunk * ld));
+      rounded.weights = arena.take<Unit>(units<M>(kChunk * kChunk));
+    }
   }
 
   // Everything above, of the chunk from token t on.
@@ -284,7 +273,11 @@ struct Chunk {
     } else {
       scalar_scores();
     }
+    reads = {as_a<M>(read, rows, ld, rounded.reads), units<M>(ld), 1};
+    writes = {as_a_transposed<M>(write, rows, ld, rounded.writes), 1, ld};
+    weights = {as_a<M>(scores, rows, kChunk, rounded.weights), units<M>(kChunk), 1};
     if (!delta) return;
+    erases = {as_a<M>(erase, rows, ld, rounded.erases), units<M>(ld), 1};
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < kChunk; j += W) {
         store(solve + i * kChunk + j, load(keys + i * kChunk + j) * -beta[i]);
@@ -292,31 +285,36 @@ struct Chunk {
     }
   }
 
+  // A panel [count][P] as right operand: of two rows, an element of each is a unit.
+  static const Unit* right(const A* panel, int64_t count, Unit* out) {
+    return as_a_transposed<M>(panel, count, P, out);
+  }
+
   // Columns [p * P, p * P + columns_of(p)) of V:
   int64_t columns_of(int64_t p) const { return V - p * P < P ? V - p * P : P; }
 
-  // u [rows][P], what the tokens write, from the state at the chunk's beginning,
-  void values(int64_t p, const A* state, A* u) const {
+  // u [rows][P], what the tokens write, from the state at the chunk's beginning, a right operand,
+  void values(int64_t p, const Unit* state, A* u) const {
     for (int64_t i = 0; i < rows; ++i) {
       A* row = u + i * P;
       if (i >= count) {
-        read_row<A>(nullptr, 0, P, row);
+        read_row<A>(nullptr, 0, row, P);
         continue;
       }
-      read_row(row_at<T>(args.v, task.tokens.batch, begin + i, task.head) + p * P, columns_of(p), P,
-               row);
+      read_row(at<T>(args.v, task.tokens.batch, begin + i, task.head) + p * P, columns_of(p), row,
+               P);
       if (!delta) continue;
       store(row, load(row) * beta[i]);
       store(row + W, load(row + W) * beta[i]);
     }
     if (!delta) return;
-    multiply_panel(rows, K, Left<A>{erase, ld, 1}, state, u, P, Added{});
+    multiply_panel(rows, K, erases, state, u, P, Added{});
     solve_panel(rows, solve, kChunk, u);
   }
 
   // and the state after it.
-  void advance(const A* u, A* state) const {
-    multiply_panel(K, count, Left<A>{write, 1, ld}, u, state, P, Decayed<A>{total});
+  void advance(const Unit* u, A* state) const {
+    multiply_panel(K, count, writes, u, state, P, Decayed<A>{total});
   }
 
   // What token i reads of z, before which the chunk began.
@@ -353,8 +351,8 @@ struct Chunk {
 
   void read_token(const TensorView& x, int64_t i, A* to, A* norms) const {
     A* row = to + i * ld;
-    if (i >= count) return read_row<A>(nullptr, 0, ld, row);
-    read_row(row_at<T>(x, task.tokens.batch, begin + i, query_head), K, ld, row);
+    if (i >= count) return read_row<A>(nullptr, 0, row, ld);
+    read_row(at<T>(x, task.tokens.batch, begin + i, query_head), K, row, ld);
     if (!args.qk_l2norm) return;
     norms[i] = inverse_norm(row, K);
     for (int64_t c = 0; c < ld; c += W) store(row + c, load(row + c) * norms[i]);
@@ -368,11 +366,11 @@ struct Chunk {
     A* row = decay + i * ld;
     const int64_t b = task.tokens.batch, t = begin + i;
     if (i >= count) {
-      read_row<A>(nullptr, 0, ld, row);
+      read_row<A>(nullptr, 0, row, ld);
     } else if (args.g.dtype == args.q.dtype) {
-      read_row(row_at<T>(args.g, b, t, task.head), K, ld, row);
+      read_row(at<T>(args.g, b, t, task.head), K, row, ld);
     } else {
-      read_row(row_at<A>(args.g, b, t, task.head), K, ld, row);
+      read_row(at<A>(args.g, b, t, task.head), K, row, ld);
     }
     for (int64_t c = 0; c < ld; c += W) store(row + c, exp(load(row + c)));
   }
@@ -400,19 +398,21 @@ struct Chunk {
   }
 
   // The part of products of rows with `columns` that lies below the diagonal, whole tiles.
-  void lower_products(const A* x, A* out) const {
+  void lower_products(const Unit* x, A* out) const {
+    const int64_t stride = units<M>(ld);
     for (int64_t p = 0; p < kChunk / P; ++p) {
       const int64_t first = p * P / kTileRows * kTileRows;
       if (first >= rows) break;
-      multiply_panel(rows - first, K, Left<A>{x + first * ld, ld, 1}, columns[p],
+      multiply_panel(rows - first, K, LeftOf<M>{x + first * stride, stride, 1}, columns[p],
                      out + first * kChunk + p * P, kChunk, Fresh{});
     }
   }
 
   void scalar_scores() const {
-    to_panels_transposed(k, ld, kChunk, K, columns);
-    lower_products(q, scores);
-    if (delta) lower_products(k, keys);
+    const Unit* const k_units = as_a<M>(k, kChunk, ld, rounded.k);
+    to_panels_transposed(k_units, units<M>(ld), kChunk, units<M>(K), columns);
+    lower_products(as_a<M>(q, rows, ld, rounded.q), scores);
+    if (delta) lower_products(k_units, keys);
     const A scale = static_cast<A>(args.scale);
     Lane<A> lane;
     for (int i = 0; i < W; ++i) lane[i] = i;
@@ -526,7 +526,7 @@ template <class A>
 void load_z(const TensorView& from, int64_t n, int64_t h, int64_t ld, A* to) {
   const A* row = static_cast<const A*>(from.data);
   if (row != nullptr) row += n * from.stride[0] + h * from.stride[1];
-  read_row(row, row == nullptr ? 0 : from.shape[2], ld, to);
+  read_row(row, row == nullptr ? 0 : from.shape[2], to, ld);
 }
 
 // Panels [begin, end) of a state, [k_rows][P] each; zeros if absent.
@@ -548,7 +548,7 @@ void load_state(const TensorView& from, int64_t n, int64_t h, int64_t begin, int
         store(panel + r * P + W, Vec<A>{});
       } else {
         const int64_t columns = V - p * P < P ? V - p * P : P;
-        read_row(state + r * from.stride[2] + p * P, columns, P, panel + r * P);
+        read_row(state + r * from.stride[2] + p * P, columns, panel + r * P, P);
       }
     }
   }

@@ -29,15 +29,6 @@ void from_panels(Panels<A> from, int64_t rows, int64_t cols, A* to, int64_t ld) 
   }
 }
 
-template <class A>
-A dot(const A* a, const A* b, int64_t n) {
-  A out;
-  sum_columns<A, 1>(n, &out, [&](int64_t c, auto vector, Vec<A>* s) __attribute__((always_inline)) {
-    s[0] += vector.load(a + c) * vector.load(b + c);
-  });
-  return out;
-}
-
 template <class T>
 struct Backward {
   using A = Acc<T>;
@@ -52,6 +43,7 @@ struct Backward {
   A* states;         // [chunks] states at their beginnings, and
   A* zs;             // [chunks][ld]
   A* us;             // [chunks][v_panels][kChunk][P] what they wrote
+  A* right;          // [max(kChunk, k_rows)][P] a right operand
   Panels<A> dstate;  // of the state after the chunk
   A* dz;             // [ld]
 
@@ -87,6 +79,7 @@ struct Backward {
     states = arena.take<A>(chunks * v_panels * chunk.k_rows * P);
     zs = arena.take<A>(args.normalize ? chunks * ld : 0);
     us = arena.take<A>(chunks * kChunk * v_ld);
+    right = arena.take<A>((kChunk > chunk.k_rows ? kChunk : chunk.k_rows) * P);
     dstate = panels(v_panels, chunk.k_rows);
     dz = arena.take<A>(ld);
     A** const of_values[] = {&dout, &du, &u};
@@ -151,11 +144,15 @@ struct Backward {
     for (int64_t i = 0; i < chunks; ++i) {
       chunk.prepare(task.tokens.begin + i * kChunk);
       const Panels<A> state = state_of(i), u = u_of(i);
-      for (int64_t p = 0; p < v_panels; ++p) chunk.values(p, state[p], u[p]);
+      for (int64_t p = 0; p < v_panels; ++p) {
+        chunk.values(p, chunk.right(state[p], chunk.k_rows, right), u[p]);
+      }
       if (i + 1 == chunks) break;
       const Panels<A> next = state_of(i + 1);
       memcpy(next.data, state.data, v_panels * state.stride * sizeof(A));
-      for (int64_t p = 0; p < v_panels; ++p) chunk.advance(u[p], next[p]);
+      for (int64_t p = 0; p < v_panels; ++p) {
+        chunk.advance(chunk.right(u[p], chunk.rows, right), next[p]);
+      }
       if (!args.normalize) continue;
       memcpy(zs + (i + 1) * ld, zs + i * ld, ld * sizeof(A));
       chunk.advance_z(zs + (i + 1) * ld);
@@ -173,7 +170,7 @@ struct Backward {
     for (int64_t t = 0; t < kChunk; ++t) {
       A* row = dout + t * v_ld;
       const bool inside = t < chunk.count;
-      read_row(inside ? row_of<const T>(grads.dout, t, V) : nullptr, inside ? V : 0, v_ld, row);
+      read_row(inside ? row_of<const T>(grads.dout, t, V) : nullptr, inside ? V : 0, row, v_ld);
       if (!args.normalize) continue;
       inverse[t] = 0;
       if (!inside) continue;
@@ -206,7 +203,7 @@ struct Backward {
         });
       }
       if (!chunk.delta) continue;
-      const T* v = row_at<T>(args.v, chunk.task.tokens.batch, chunk.begin + t, chunk.task.head);
+      const T* v = at<T>(args.v, chunk.task.tokens.batch, chunk.begin + t, chunk.task.head);
       sum_columns<A, 1>(V, dbeta + t,
                         [&](int64_t c, auto vector, Vec<A>* s) __attribute__((always_inline)) {
                           s[0] += vector.load(row + c) * vector.load(v + c);
@@ -218,7 +215,7 @@ struct Backward {
   void through_state(int64_t i) {
     const int64_t rows = chunk.rows;
     const Panels<A> state = state_of(i);
-    for (int64_t t = rows; t < kChunk; ++t) read_row<A>(nullptr, 0, v_ld, u + t * v_ld);
+    for (int64_t t = rows; t < kChunk; ++t) read_row<A>(nullptr, 0, u + t * v_ld, v_ld);
     to_panels_transposed(u, v_ld, kChunk, V, u_transposed);
     for (int64_t p = 0; p < kChunk / P; ++p) {
       const int64_t first = p * P / kTileRows * kTileRows;

@@ -21,10 +21,11 @@ struct Forward {
   struct Scratch {
     Arena arena;
     Chunk<T> chunk;
-    Panels<A> state;  // [panels of V][k_rows][P]
-    A *u, *out;       // [kChunk][P]
-    A* z;             // [ld]
-    A* inverse;       // [kChunk] of the normaliser
+    Panels<A> state;           // [panels of V][k_rows][P]
+    A *u, *out;                // [kChunk][P]
+    A *state_right, *u_right;  // as right operands: [k_rows][P], [kChunk][P]
+    A* z;                      // [ld]
+    A* inverse;                // [kChunk] of the normaliser
 
     Scratch(const ChunkScanArgs& args, const ChunkTask& task, void* base)
         : arena{static_cast<char*>(base)}, chunk(args, task, arena) {
@@ -32,6 +33,8 @@ struct Forward {
       state.data = arena.take<A>(round_up(chunk.V, P) / P * state.stride);
       u = arena.take<A>(kChunk * P);
       out = arena.take<A>(kChunk * P);
+      state_right = arena.take<A>(chunk.k_rows * P);
+      u_right = arena.take<A>(kChunk * P);
       z = arena.take<A>(chunk.ld);
       inverse = arena.take<A>(kChunk);
     }
@@ -65,11 +68,12 @@ struct Forward {
   static void panel(const Scratch& s, int64_t p, A* state) {
     const Chunk<T>& chunk = s.chunk;
     const ChunkScanArgs& args = chunk.args;
-    chunk.values(p, state, s.u);
-    multiply_panel(chunk.rows, chunk.K, Left<A>{chunk.read, chunk.ld, 1}, state, s.out, P, Fresh{});
-    multiply_panel<Part::lower>(chunk.rows, chunk.count, Left<A>{chunk.scores, kChunk, 1}, s.u,
-                                s.out, P, Added{});
-    chunk.advance(s.u, state);
+    const auto* const before = chunk.right(state, chunk.k_rows, s.state_right);
+    chunk.values(p, before, s.u);
+    multiply_panel(chunk.rows, chunk.K, chunk.reads, before, s.out, P, Fresh{});
+    const auto* const u = chunk.right(s.u, chunk.rows, s.u_right);
+    multiply_panel<Part::lower>(chunk.rows, chunk.count, chunk.weights, u, s.out, P, Added{});
+    chunk.advance(u, state);
     const int64_t heads = args.v.shape[2], row = chunk.task.tokens.batch * args.v.shape[1];
     T* to = static_cast<T*>(args.out.data) +
             ((row + chunk.begin) * heads + chunk.task.head) * chunk.V + p * P;

@@ -5,8 +5,8 @@
 // Backward: dx[t] = dh[t] + conj(a[t + 1]) dx[t + 1], da[t] = dx[t] conj(h[t - 1]), from h as it
 // was rounded; 20 bytes an element. A da of all tokens is summed by stretches: one long chain would
 // round more.
-#include "scan/channels_cpu.h"
 #include "scan/diagonal_scan.h"
+#include "scan/rows_cpu.h"
 
 namespace memkernels::scan {
 namespace {

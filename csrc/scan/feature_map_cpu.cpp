@@ -6,13 +6,10 @@
 #include "scan/feature_map.h"
 
 #include "core/cpu/arena.h"
-#include "lookup/columns_cpu.h"
+#include "core/cpu/columns.h"
 
 namespace memkernels::scan {
 namespace {
-
-using lookup::for_columns;
-using lookup::sum_columns;
 
 // The place of a row in a tensor [..., D].
 MK_INLINE int64_t row_offset(const TensorView& t, int64_t row) {

@@ -3,7 +3,7 @@
 // The states of a block of channels lie as [vectors][S][lanes], lanes past the last channel 0.
 #pragma once
 
-#include "scan/channels_cpu.h"
+#include "scan/rows_cpu.h"
 #include "scan/selective_scan.h"
 
 namespace memkernels::scan {
@@ -30,12 +30,6 @@ MK_INLINE Vec<float> log1p(Vec<float> e) {
 MK_INLINE Vec<double> log1p(Vec<double> e) {
   for (int i = 0; i < kLanes<double>; ++i) e[i] = __builtin_log1p(e[i]);
   return e;
-}
-
-template <class Real>
-MK_INLINE Vec<Real> sigmoid(Vec<Real> x) {
-  const Vec<Real> e = exp(x < 0 ? x : -x);
-  return (x < 0 ? e : splat(Real(1))) / (1 + e);
 }
 
 // delta as the recurrence takes it, and its derivative by delta as it came.
@@ -108,12 +102,6 @@ MK_INLINE void read_states(const TensorView& from, int64_t n, int64_t states, co
   } else {
     read_states(at<Real>(from, n), from.stride[1], states, block, to);
   }
-}
-
-template <class T, class Real = Acc<T>>
-MK_INLINE void read_row(const T* from, int64_t size, Real* to) {
-  constexpr int W = kLanes<Real>;
-  for (int64_t s = 0; s < size; s += W) store(to + s, load_some(from + s, size - s));
 }
 
 // Rows of tokens lie too far apart for the hardware to see them coming.

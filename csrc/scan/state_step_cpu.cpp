@@ -9,14 +9,10 @@
 #include "scan/state_step.h"
 
 #include "core/cpu/arena.h"
-#include "lookup/columns_cpu.h"
+#include "scan/rows_cpu.h"
 
 namespace memkernels::scan {
 namespace {
-
-using lookup::for_columns;
-using lookup::PartOfVector;
-using lookup::WholeVector;
 
 template <class T>
 struct StateStep {
@@ -46,41 +42,26 @@ struct StateStep {
 
   static size_t scratch_bytes(const StateStepArgs& a) { return Scratch(a, nullptr).bytes; }
 
-  template <class X>
-  static MK_INLINE void read_row(const X* from, int64_t size, A* to) {
-    for_columns<A>(size, [&](int64_t i, auto vector, int) __attribute__((always_inline)) {
-      store(to + i, vector.load(from + i));
-    });
-  }
-
-  static A dot(const A* x, const A* y, int64_t size) {
-    Vec<A> total{};
-    for (int64_t i = 0; i < size; i += W) total += load(x + i) * load(y + i);
-    return sum<A>(total);
-  }
-
-  static void scale_row(A* x, int64_t size, A by) {
-    for (int64_t i = 0; i < size; i += W) store(x + i, load(x + i) * by);
-  }
-
   static void normalise(A* x, int64_t size) {
-    const A squares = dot(x, x, size) + static_cast<A>(1e-6);
-    scale_row(x, size, 1 / static_cast<A>(__builtin_sqrt(squares)));
+    const A factor = inverse_norm(x, size);
+    for (int64_t i = 0; i < size; i += W) store(x + i, load(x + i) * factor);
   }
 
   // e^g of each key channel.
   static void read_decay(const TensorView& g, int64_t row, int64_t head, Dtype main, int64_t size,
                          A* decay) {
-    const int64_t at = g.ndim == 1 ? head * g.stride[0] : row * g.stride[0] + head * g.stride[1];
     if (g.ndim == 3) {
       if (g.dtype == main) {
-        read_row(static_cast<const T*>(g.data) + at, size, decay);
+        read_row(at<T>(g, row, head), size, decay);
       } else {
-        read_row(static_cast<const A*>(g.data) + at, size, decay);
+        read_row(at<A>(g, row, head), size, decay);
       }
       for (int64_t i = 0; i < size; i += W) store(decay + i, exp(load(decay + i)));
     } else {
-      const A x = g.data == nullptr ? A(1) : exp(static_cast<A>(load_scalar(g.data, g.dtype, at)));
+      const int64_t place =
+          g.ndim == 1 ? head * g.stride[0] : row * g.stride[0] + head * g.stride[1];
+      const A x =
+          g.data == nullptr ? A(1) : exp(static_cast<A>(load_scalar(g.data, g.dtype, place)));
       for (int64_t i = 0; i < size; i += W) store(decay + i, splat(x));
     }
   }
@@ -187,8 +168,7 @@ struct StateStep {
     const int64_t group = heads / a.k.shape[1], columns = last - first;
     const auto state_of = [&](int64_t i) __attribute__((always_inline)) {
       const int64_t slot = slots[i / heads], head = i % heads;
-      return static_cast<A*>(a.state.data) + slot * a.state.stride[0] + head * a.state.stride[1] +
-             first;
+      return at<A>(a.state, slot, head) + first;
     };
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / heads, head = i % heads, slot = slots[row];
@@ -200,12 +180,9 @@ struct StateStep {
       A* const state = state_of(i);
       const A* const next = i + 1 < end && slots[(i + 1) / heads] >= 0 ? state_of(i + 1) : state;
       const int64_t query_head = head / group;
-      read_row(static_cast<const T*>(a.q.data) + row * a.q.stride[0] + query_head * a.q.stride[1],
-               keys, s.q);
-      read_row(static_cast<const T*>(a.k.data) + row * a.k.stride[0] + query_head * a.k.stride[1],
-               keys, s.k);
-      read_row(static_cast<const T*>(a.v.data) + row * a.v.stride[0] + head * a.v.stride[1] + first,
-               columns, s.u);
+      read_row(at<T>(a.q, row, query_head), keys, s.q);
+      read_row(at<T>(a.k, row, query_head), keys, s.k);
+      read_row(at<T>(a.v, row, head, first), columns, s.u);
       read_decay(a.g, row, head, a.q.dtype, keys, s.decay);
       if (a.qk_l2norm) {
         normalise(s.q, keys);
@@ -215,12 +192,12 @@ struct StateStep {
       if (a.beta.data == nullptr) {
         linear(s, state, values, keys, columns, next);
       } else {
-        const int64_t at = row * a.beta.stride[0] + head * a.beta.stride[1];
-        const A beta = static_cast<A>(load_scalar(a.beta.data, a.beta.dtype, at));
+        const int64_t place = row * a.beta.stride[0] + head * a.beta.stride[1];
+        const A beta = static_cast<A>(load_scalar(a.beta.data, a.beta.dtype, place));
         delta(s, beta, state, values, keys, columns, next);
       }
       if (a.z.data != nullptr) {
-        A* const z = static_cast<A*>(a.z.data) + slot * a.z.stride[0] + head * a.z.stride[1];
+        A* const z = at<A>(a.z, slot, head);
         Vec<A> total{};
         for_columns<A>(keys, [&](int64_t c, auto vector, int) __attribute__((always_inline)) {
           const Vec<A> x = load(s.decay + c) * vector.load(z + c) + load(s.k + c);

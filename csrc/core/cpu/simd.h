@@ -442,8 +442,8 @@ MK_INLINE A max(Vec<A> v) {
 
 // ---- elementary functions ----------------------------------------------------------------------
 
-// e^x for x from -87.3 to 88, within 1.2 ulp.
-MK_INLINE Vec<float> exp_within(Vec<float> x) {
+// e^x within 1.2 ulp for x up to 88; 0 below -87.3 (and for -inf, exactly); NaN stays NaN.
+MK_INLINE Vec<float> exp(Vec<float> x) {
   const float magic = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
   const Vec<float> shifted = x * 0x1.715476p0f + magic;
   const Vec<float> n = shifted - magic;
@@ -456,12 +456,8 @@ MK_INLINE Vec<float> exp_within(Vec<float> x) {
   p = p * r + 0x1.fffffcp-2f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  return bit_cast<Vec<float>>(bit_cast<VecI32>(p) + (bit_cast<VecI32>(shifted) << 23));
-}
-
-// e^x for x up to 88; 0 below -87.3 (and for -inf, exactly); NaN stays NaN.
-MK_INLINE Vec<float> exp(Vec<float> x) {
-  const Vec<float> y = exp_within(x);
+  const Vec<float> y =
+      bit_cast<Vec<float>>(bit_cast<VecI32>(p) + (bit_cast<VecI32>(shifted) << 23));
   const Vec<float> small = x < -87.3f ? Vec<float>{} : x;  // 0, or the NaN to keep
   return x >= -87.3f ? y : small;
 }
@@ -471,12 +467,16 @@ MK_INLINE Vec<double> exp(Vec<double> x) {
   return x;
 }
 
-MK_INLINE Vec<double> exp_within(Vec<double> x) { return exp(x); }
-
 MK_INLINE float exp(float x) { return exp(splat(x))[0]; }
 MK_INLINE double exp(double x) { return __builtin_exp(x); }
 MK_INLINE float log(float x) { return static_cast<float>(__builtin_log(static_cast<double>(x))); }
 MK_INLINE double log(double x) { return __builtin_log(x); }
+
+template <class A>
+MK_INLINE Vec<A> sigmoid(Vec<A> x) {
+  const Vec<A> e = exp(x < 0 ? x : -x);
+  return (x < 0 ? e : splat(A(1))) / (1 + e);
+}
 
 // Odd polynomial near zero, where 1 - 2 / (e^2x + 1) would cancel.
 MK_INLINE Vec<float> tanh(Vec<float> x) {

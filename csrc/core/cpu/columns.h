@@ -3,7 +3,7 @@
 
 #include "core/cpu/simd.h"
 
-namespace memkernels::lookup {
+namespace memkernels {
 namespace {
 
 struct WholeVector {
@@ -34,6 +34,21 @@ struct PartOfVector {
     for (int64_t i = 0; i < count; ++i) p[i] = padded[i];
   }
 };
+
+// The first `left` elements of a row that ends there, at most a vector; the rest read as zero and
+// are not written.
+template <class T>
+MK_INLINE Vec<Acc<T>> load_some(const T* p, int64_t left) {
+  return left >= kLanes<Acc<T>> ? load_ordered(p) : PartOfVector{left}.load(p);
+}
+template <class T>
+MK_INLINE void store_some(T* p, int64_t left, Vec<Acc<T>> v) {
+  if (left >= kLanes<Acc<T>>) {
+    store_ordered(p, v);
+  } else {
+    PartOfVector{left}.store(p, v);
+  }
+}
 
 // body(column, vector, chain) for each vector of A along `dim` columns. `vector` loads and stores
 // there; chain, 0 or 1 in turn, is for sums that would wait for each other.
@@ -70,4 +85,4 @@ MK_INLINE void sum_columns(int64_t dim, A* sums, const Add& add) {
 }
 
 }  // namespace
-}  // namespace memkernels::lookup
+}  // namespace memkernels
