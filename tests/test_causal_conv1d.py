@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from checks import at_random, check_error, gradients, outcome, put
-from scan_cases import conv_case
+from checks import at_random, check, check_error, gradients, outcome, put
+from scan_cases import SLACK, conv_case
 from test_attention import DTYPES
 from test_scan import check_scan
 from test_selection import INDEX_DTYPES
@@ -43,6 +43,16 @@ def test_widths(scan_ops, width, dtype, activation):
     for dilation in 1, 3:
         arguments = conv_case((2, 65), 37, width, dilation=dilation, dtype=dtype, **options)
         check_scan(scan_ops, CONV, arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_of_infinities(scan_ops, dtype):
+    """As torch's: of -inf it is NaN."""
+    arguments = conv_case((1, 9), 37, 2, activation="silu", dtype=dtype)
+    arguments["x"][0, 4, ::3] = torch.inf
+    out, _ = check(scan_ops, CONV, arguments, slack=SLACK)
+    assert out[0, 4:6, ::3].isnan().any()
+    assert out[0, 4:6, ::3].isposinf().any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

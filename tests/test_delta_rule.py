@@ -80,7 +80,7 @@ def test_equal_keys_with_growth(scan_ops, dtype):
     check(scan_ops, DELTA, arguments, slack=SLACK)
 
 
-@pytest.mark.parametrize("gate", [None, "token", "channel"])
+@each_gate
 def test_equal_keys(scan_ops, gate):
     """What one token writes the next takes back: small differences of large sums."""
     arguments = delta_case((1, 130), (1, 2), (8, 8), gate=gate, states=True)

@@ -119,6 +119,7 @@ ERRORS = {
     "memory_beyond_the_last": ("expert_ids", {"num_memories": 4}),
     "memory_below_minus_one": ("expert_ids", lambda c: {"expert_ids": put(c.expert_ids, 3, -2)}),
     "rank_of_ids": ("expert_ids", lambda c: {"expert_ids": c.expert_ids[:, 0]}),
+    "no_choices": ("expert_ids", lambda c: {"expert_ids": c.expert_ids[:, :0]}),
     "dtype_of_ids": ("expert_ids", lambda c: {"expert_ids": c.expert_ids.float()}),
     "negative_memories": ("num_memories|expert_ids", {"num_memories": -1}),
     "rows_of_x": ("x", lambda c: {"x": c.x[:-1]}),

@@ -15,11 +15,11 @@ void route_indices(const char* op, const RouteArgs& a) {
   check_shape(op, arg, a.expert_ids, "[T, r]", {-1, -1});
   check_index(op, arg, a.expert_ids);
   const int64_t tokens = a.expert_ids.shape[0], choices = a.expert_ids.shape[1];
+  check(choices > 0, op, "expert_ids must have at least one column");
   const int64_t memories = a.num_memories, rows = tokens * choices;
   check(rows <= INT32_MAX, op, "expert_ids has ", rows, " entries, more than cu_seqlens can count");
 
-  std::vector<int64_t> next(memories +
-                            1);  // the next row of each memory; at first, of the one before
+  std::vector<int64_t> next(memories + 1);  // next row of a memory; at first, of the one before
   const auto memory_of = [&](int64_t token, int64_t choice) {
     return index_at(a.expert_ids, token * a.expert_ids.stride[0] + choice * a.expert_ids.stride[1]);
   };
