@@ -125,7 +125,9 @@ def selective(tokens: int, channels: int, states: int, *, backward: bool) -> Cas
     }
     grad = dout if backward else None
     ours = partial(memkernels.selective_scan, delta_softplus=True)
-    adapters = scan_peers.selective_scan, scan_peers.selective_mambapy
+    adapters = [scan_peers.selective_scan, scan_peers.selective_mambapy]
+    if not backward:  # whose autograd takes half a minute
+        adapters.append(scan_peers.selective_channels_first)
     return Case(
         f"selective_scan f32 {tokens} x {channels} x {states}"
         + (f", {BACKWARD}" if backward else ""),

@@ -192,6 +192,23 @@ def selective_scan(x: Inputs) -> dict[str, Callable]:
     return {"torch loop": selective(scan_loop)}
 
 
+def selective_channels_first(x: Inputs) -> dict[str, Callable]:
+    """With the layouts and the steps of Mamba's own reference."""
+
+    def run(u, delta, A, B, C, D, z, delta_bias):
+        u, delta, z, B, C = u.mT, delta.mT, z.mT, B.squeeze(2), C.squeeze(2)
+        delta = F.softplus(delta + delta_bias[:, None])
+        decays = torch.einsum("bdt,ds->bdts", delta, A).exp()
+        inputs = torch.einsum("bdt,bts,bdt->bdts", delta, B, u)
+        h, y = 0, []
+        for t in range(u.shape[2]):
+            h = decays[:, :, t] * h + inputs[:, :, t]
+            y.append(torch.einsum("bds,bs->bd", h, C[:, t]))
+        return ((torch.stack(y, 2) + D[:, None] * u) * F.silu(z)).mT
+
+    return {"torch loop, channels first": run}
+
+
 def selective_mambapy(x: Inputs) -> dict[str, Callable]:
     return {"mambapy pscan": selective(mambapy())}
 
