@@ -19,7 +19,7 @@ import cuda_ops
 import memkernels
 from memkernels import fallback
 
-for name, max_examples in ("quick", 100), ("full", 3000):
+for name, max_examples in ("quick", 50), ("full", 1000):
     hypothesis.settings.register_profile(
         name, max_examples=max_examples, derandomize=True, deadline=None, database=None
     )

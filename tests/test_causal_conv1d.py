@@ -97,6 +97,13 @@ def test_nan_stays_in_its_channel_and_window(scan_ops):
     assert_same_bits(actual[~touched], clean[~touched])
 
 
+def test_any_dilation_of_one_tap(scan_ops):
+    """Costs nothing: a tap of its own reads no other token."""
+    arguments = conv_case((2, 9), 5, 1, states=True)
+    expected = check_scan(scan_ops, CONV, arguments)
+    assert_same_bits(check_scan(scan_ops, CONV, arguments | {"dilation": 2**31 - 1}), expected)
+
+
 ERRORS = {
     "rank_of_x": ("x", lambda c: {"x": c.x[0]}),
     "integer_x": ("x", lambda c: {"x": c.x.int()}),
@@ -112,6 +119,7 @@ ERRORS = {
     "length_of_state": ("initial_state", {"dilation": 2}),
     "dtype_of_state": ("initial_state", lambda c: {"initial_state": c.initial_state.half()}),
     "no_dilation": ("dilation", lambda c: {"dilation": 0, "initial_state": None}),
+    "dilation_beyond_int32": ("dilation", {"dilation": 2**31}),
     "activation": ("activation", {"activation": "gelu"}),
 }
 

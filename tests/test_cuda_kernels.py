@@ -86,7 +86,7 @@ def write(seed=0, run=cuda_ops.on_host, **options):
 def test_same_bits_for_any_schedule(compute, name):
     case = CASES[name]()
     expected = compute(case)
-    for seed, copies in (1, "lazy"), (2, "random"), (3, "eager"), (4, "lazy"):
+    for seed, copies in (1, "lazy"), (2, "random"), (3, "eager"):
         with cuda_ops.schedule(seed, copies):
             assert_same_bits(compute(case), expected)
 

@@ -149,6 +149,21 @@ def test_nan_stays_in_its_channel(scan_ops):
             assert x[..., 9].isnan().any()
 
 
+def test_complex_views(scan_ops):
+    """Conjugates, and one channel with any stride."""
+    arguments = diagonal_case((2, 9), 4, states=True, dtype=torch.complex64)
+    names = "x", "a", "initial_state"
+    conjugates = {name: arguments[name].conj() for name in names}
+    resolved = {name: t.resolve_conj() for name, t in conjugates.items()}
+    expected = outcome(scan_ops, DIAGONAL, arguments | resolved)
+    torch.testing.assert_close(outcome(scan_ops, DIAGONAL, arguments | conjugates), expected)
+
+    one = {name: arguments[name][..., 2:3] for name in names}
+    contiguous = {name: t.contiguous() for name, t in one.items()}
+    expected = outcome(scan_ops, DIAGONAL, arguments | contiguous)
+    torch.testing.assert_close(outcome(scan_ops, DIAGONAL, arguments | one), expected)
+
+
 ERRORS = {
     "rank_of_x": ("x", lambda c: {"x": c.x[0]}),
     "integer_x": ("x", lambda c: {"x": c.x.int()}),

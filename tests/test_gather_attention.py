@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import memkernels
 from cases import attention_case, gather_case, list_case
-from memkernels import _C, fallback
+from memkernels import fallback
 from test_attention import ERRORS as ATTENTION_ERRORS
-from test_attention import apart, run_python
+from test_attention import apart, each_other_isa, run_python
 from test_attention_backward import TINY, gradcheck, gradients, upstream
 from tolerance import (
     assert_accurate,
@@ -535,10 +535,8 @@ def compact_check():
         check_attention(native, gather_case([700, 3], dtype=dtype, **sizes))
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
+@each_other_isa
 def test_every_isa(isa):
-    if isa not in _C.cpu_isas():
-        pytest.skip(f"this CPU cannot run {isa}")
     code = "import test_gather_attention; test_gather_attention.compact_check()"
     run_python(code, MEMKERNELS_CPU_ISA=isa)
 

@@ -175,7 +175,32 @@ def test_nan_stays_in_its_head(scan_ops):
             assert_same_bits(x.index_select(of_heads, index), y.index_select(of_heads, index))
 
 
+@pytest.mark.parametrize("gate", ["head", "token", "channel"])
+def test_growth_beyond_the_largest_number(scan_ops, gate):
+    for tokens in 1, 20:
+        arguments = linear_case((1, tokens), (1, 2), (5, 6), gate=gate, states=True)
+        arguments["initial_state"].fill_(0.5)
+        for g in 88.7, 89.5, 100.0, torch.inf:
+            arguments["g"] = torch.full_like(arguments["g"], g)
+            _, state, _ = outcome(scan_ops, LINEAR, arguments)
+            assert (state.isfinite() == (tokens == 1 and g == 88.7)).all()
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_no_value_heads(scan_ops, delta):
+    arguments = linear_case((2, 9), (2, 0), (8, 5), states=True)
+    if delta:
+        arguments |= {"beta": torch.ones(2, 9, 0)}
+        arguments = {n: t for n, t in arguments.items() if n not in ("initial_z", "normalize")}
+    op = "delta_rule" if delta else LINEAR
+    out, state, *_ = outcome(scan_ops, op, arguments)
+    assert out.shape == (2, 9, 0, 5) and state.shape == (2, 0, 8, 5)
+    assert not any(grad.any() for grad in gradients(getattr(scan_ops, op), arguments).values())
+
+
 ERRORS = {
+    "no_columns_of_k": ("q|k", lambda c: {"q": c.q[..., :0], "k": c.k[..., :0]}),
+    "no_dimensions_of_k": ("k", lambda c: {"k": c.k[0, 0, 0, 0]}),
     "rank_of_q": ("q", lambda c: {"q": c.q[0]}),
     "integer_q": ("q", lambda c: {"q": c.q.int()}),
     "tokens_of_k": ("k", lambda c: {"k": c.k[:, :-1]}),
@@ -300,6 +325,27 @@ def test_ssd(scan_ops, lengths, dtype, options):
     arguments = ssd_case(lengths, dtype=dtype, **options)
     check(scan_ops, "ssd", arguments, slack=2 * SLACK)
     check_gradients(scan_ops, "ssd", arguments, slack=2 * SLACK)
+
+
+SSD_ERRORS = {
+    "rank_of_x": ("x", lambda c: {"x": c.x[0]}),
+    "heads_of_dt": ("dt", lambda c: {"dt": c.dt[..., :-1]}),
+    "heads_of_A": ("A", lambda c: {"A": c.A[:-1]}),
+    "heads_of_dt_bias": ("dt_bias", lambda c: {"dt_bias": c.dt_bias[:-1]}),
+    "columns_of_D": ("D", lambda c: {"D": torch.ones(4, 3)}),
+    "tokens_of_z": ("z", lambda c: {"z": c.z[:, :-1]}),
+    "dtype_of_z": ("z", lambda c: {"z": c.z.double()}),
+    "tokens_of_B": ("B", lambda c: {"B": c.B[:, :-1]}),
+    "groups_of_B": ("B", lambda c: {"B": c.x[:, :, :3], "C": c.x[:, :, :3]}),
+    "dtype_of_B": ("B", lambda c: {"B": c.B.half()}),
+    "columns_of_C": ("C", lambda c: {"C": c.C[..., :-1]}),
+    "rank_of_states": ("initial_states", lambda c: {"initial_states": c.initial_states[0]}),
+}
+
+
+@pytest.mark.parametrize("error", SSD_ERRORS)
+def test_errors_of_ssd(scan_ops, error):
+    check_error(scan_ops, "ssd", ssd_case((2, 9), "Dzb", states=True), SSD_ERRORS[error])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -9,8 +9,8 @@ from torch import Tensor
 import memkernels
 from checks import WRITTEN, check, floating, floats, gradients, outcome, tensors, upstream
 from lookup_cases import EXAMPLES, arguments_of, bag_case
-from memkernels import _C, fallback
-from test_attention import DTYPES, apart, run_python
+from memkernels import fallback
+from test_attention import DTYPES, apart, each_other_isa, run_python
 from test_selection import INDEX_DTYPES
 from tolerance import assert_same_bits, unchanged
 
@@ -339,10 +339,8 @@ def compact_check():
                 check(memkernels, op, arguments, slack=16)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
+@each_other_isa
 def test_every_isa(isa):
-    if isa not in _C.cpu_isas():
-        pytest.skip(f"this CPU cannot run {isa}")
     run_python("import test_lookup; test_lookup.compact_check()", MEMKERNELS_CPU_ISA=isa)
 
 

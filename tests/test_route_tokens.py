@@ -122,6 +122,7 @@ ERRORS = {
     "no_choices": ("expert_ids", lambda c: {"expert_ids": c.expert_ids[:, :0]}),
     "dtype_of_ids": ("expert_ids", lambda c: {"expert_ids": c.expert_ids.float()}),
     "negative_memories": ("num_memories|expert_ids", {"num_memories": -1}),
+    "no_columns_of_x": ("x", lambda c: {"x": c.x[:, :0]}),
     "rows_of_x": ("x", lambda c: {"x": c.x[:-1]}),
 }
 

@@ -23,7 +23,6 @@ from checks import (
     put,
     tensors,
 )
-from memkernels import _C
 from scan_cases import (
     EXAMPLES,
     KINDS,
@@ -38,7 +37,7 @@ from scan_cases import (
     spans,
     step_of,
 )
-from test_attention import DTYPES, run_python
+from test_attention import DTYPES, each_other_isa, run_python
 from test_lookup import layouts
 from test_selection import INDEX_DTYPES
 from tolerance import assert_same_bits
@@ -96,6 +95,18 @@ def test_no_sequences_and_no_tokens(scan_ops, example, index_dtype):
                 for state, name in zip(states, STATES, strict=False):
                     if state is not None:
                         assert_same_bits(state[n], arguments[name][n].contiguous())
+
+
+@each_example
+def test_gradients_of_no_tokens(scan_ops, example):
+    """Autograd's are expanded ones, with strides of 0."""
+    for lengths in (1, 0), (0, 5):
+        op, arguments = arguments_of(example, lengths)
+        leaves = {name: t.requires_grad_() for name, t in floats(arguments).items()}
+        results = getattr(scan_ops, op)(**arguments | leaves)
+        sum(x.sum().abs() for x in results if inexact(x)).backward()
+        for name, leaf in leaves.items():
+            assert leaf.grad is None or name in STATES or not leaf.grad.any()
 
 
 @each_example
@@ -449,8 +460,6 @@ def compact_check():
             check_scan(memkernels, "feature_map", map_case(9, 33, kind=kind, dtype=dtype))
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
+@each_other_isa
 def test_every_isa(isa):
-    if isa not in _C.cpu_isas():
-        pytest.skip(f"this CPU cannot run {isa}")
     run_python("import test_scan; test_scan.compact_check()", MEMKERNELS_CPU_ISA=isa)

@@ -198,6 +198,7 @@ def test_net_in_bfloat16_and_under_autocast():
         torch.testing.assert_close(steps.float(), exact, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.full
 def test_net_under_the_compiler():
     net, x = small_net(), draw(2, 6, DIM)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
@@ -402,6 +403,7 @@ def test_attention_in_bfloat16_and_under_autocast():
         torch.testing.assert_close(state.z, expected.z, rtol=0.01, atol=0.01)
 
 
+@pytest.mark.full
 def test_attention_under_the_compiler():
     layer, x = small_attention(), draw(2, 11, DIM)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

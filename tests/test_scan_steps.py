@@ -261,6 +261,19 @@ def test_tangents_are_never_lost(op):
 
 # ---- errors --------------------------------------------------------------------------------------
 
+
+@each_step
+def test_inputs_within_the_state_are_refused(op):
+    arguments = step_of(op, [0, 3], 4)
+    state = arguments["state"].zero_().contiguous()
+    for name in OF_TOKENS[op.removesuffix("_step")]:
+        t = arguments[name]
+        if t is not None and t.ndim > 1 and t.dtype == state.dtype:
+            inside = state.flatten()[: t.numel()].view(t.shape)
+            with pytest.raises(RuntimeError, match=rf"{op}: .*\b{name}\b"):
+                getattr(memkernels, op)(**arguments | {"state": state, name: inside})
+
+
 POOL_ERRORS = {
     "slot_beyond_the_pool": ("state_indices", {"state_indices": torch.tensor([0, 4])}),
     "slot_below_minus_one": ("state_indices", {"state_indices": torch.tensor([0, -2])}),

@@ -24,9 +24,9 @@ from cases import (
     used_pages,
 )
 from checks import at_random, check, check_error, opcheck, outcome, put, tensors
-from memkernels import _C, fallback, reference
+from memkernels import fallback, reference
 from memkernels.nn import PagedKVCache
-from test_attention import DTYPES, RAGGED, apart, run_python
+from test_attention import DTYPES, RAGGED, apart, each_other_isa, run_python
 from test_attention import ERRORS as ATTENTION_ERRORS
 from tolerance import assert_same_bits, unchanged
 
@@ -808,10 +808,8 @@ def compact_check():
         check(memkernels, op, arguments, slack=4)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
+@each_other_isa
 def test_every_isa(isa):
-    if isa not in _C.cpu_isas():
-        pytest.skip(f"this CPU cannot run {isa}")
     run_python("import test_selection; test_selection.compact_check()", MEMKERNELS_CPU_ISA=isa)
 
 

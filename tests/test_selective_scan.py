@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from checks import at_random, check_error, outcome, put
+from checks import PLAIN, at_random, check_error, gradients, in_float64, outcome, put
 from scan_cases import selective_case
 from test_attention import DTYPES
 from test_scan import check_scan
@@ -73,6 +73,18 @@ def test_decays_of_nothing_and_everything(scan_ops):
     assert_same_bits(state, arguments["initial_state"])
     arguments["delta"][:, 20] = 1e5
     check_scan(scan_ops, SELECTIVE, arguments)
+
+
+def test_gradients_where_everything_decays_at_once(scan_ops):
+    """A of -inf has no gradient, nor delta one through it."""
+    arguments = selective_case((2, 20), 6, 4)
+    arguments["A"][::2, 1:3] = -torch.inf
+    grads = gradients(getattr(scan_ops, SELECTIVE), arguments)
+    assert all(grad.isfinite().all() for grad in grads.values())
+    assert not grads["A"][::2, 1:3].any()
+    exact = gradients(PLAIN.selective_scan, arguments | in_float64(arguments))
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad.double(), exact[name], rtol=1e-4, atol=1e-4)
 
 
 def test_growth(scan_ops):

@@ -19,7 +19,7 @@ void check_inputs(const char* op, const MergeStatesArgs& a) {
 }
 
 MergeKernel kernel_for(const MergeStatesArgs& a) {
-  const Isa isa = a.outs.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
+  const Isa isa = isa_for(a.outs.dtype);
   return MEMKERNELS_CPU(isa, merge_kernel)(a.outs.dtype);
 }
 

@@ -109,7 +109,7 @@ void paged_attention(const PagedAttentionArgs& args, const Context& ctx) {
   int64_t num_partials = 0;
   cut_tasks(p, workers, tasks, job, num_partials);
 
-  const Isa isa = p.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
+  const Isa isa = isa_for(p.dtype);
   const ForwardKernel kernel = MEMKERNELS_CPU(isa, forward_kernel)(p.dtype);
   int64_t max_rows = 0, max_heads = 0;
   for (int64_t b = 0; b < p.num_sequences; ++b) {

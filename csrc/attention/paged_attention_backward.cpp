@@ -146,7 +146,7 @@ void paged_attention_backward(const PagedAttentionArgs& args, const PagedAttenti
   }
   const int workers = workers_for(ctx, multiply_adds);
 
-  const Isa isa = p.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
+  const Isa isa = isa_for(p.dtype);
   const BackwardKernel kernel = MEMKERNELS_CPU(isa, backward_kernel)(p.dtype);
   const size_t accumulator = p.dtype == Dtype::f64 ? 8 : 4;
   const size_t scratch_bytes = align_up(kernel.scratch_bytes(p, block_rows));

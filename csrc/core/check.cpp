@@ -103,9 +103,9 @@ void check_rows_contiguous(const char* op, const char* arg, const TensorView& t)
 }
 
 void check_contiguous(const char* op, const char* arg, const TensorView& t) {
+  if (numel(t) == 0) return;
   int64_t expected = 1;
   for (int i = t.ndim - 1; i >= 0; --i) {
-    if (t.shape[i] == 0) return;
     check(t.shape[i] == 1 || t.stride[i] == expected, op, arg, " must be contiguous");
     expected *= t.shape[i];
   }

@@ -70,4 +70,6 @@ Isa cpu_isa() {
   return isa;
 }
 
+Isa isa_for(Dtype dtype) { return dtype == Dtype::f64 ? Isa::baseline : cpu_isa(); }
+
 }  // namespace memkernels

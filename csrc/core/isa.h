@@ -1,6 +1,8 @@
 // The instruction sets CPU kernels are compiled for, and the choice made at load.
 #pragma once
 
+#include "core/tensor.h"
+
 namespace memkernels {
 
 enum class Isa { baseline, avx2, avx512, avx512_bf16 };
@@ -12,6 +14,8 @@ bool cpu_supports(Isa isa);
 // The best supported one, or the one named by MEMKERNELS_CPU_ISA (read once); raises Error if
 // that names none, or one this CPU cannot run.
 Isa cpu_isa();
+// What kernels of a dtype are compiled for: float64 has none but those of the baseline.
+Isa isa_for(Dtype dtype);
 
 }  // namespace memkernels
 

@@ -49,8 +49,6 @@ void check_grad(const char* op, const TensorView& grad, const Bags& bags) {
   check_rows_contiguous(op, "grad", grad);
 }
 
-Isa isa_for(Dtype dtype) { return dtype == Dtype::f64 ? Isa::baseline : cpu_isa(); }
-
 void sum(const SumArgs& args, const Context& ctx) {
   const int64_t dim = args.table.shape[1],
                 entries = args.lists.starts[args.lists.count] - args.lists.starts[0];

@@ -30,7 +30,7 @@ void check_inputs(const char* op, const EngramGateArgs& a) {
 }
 
 EngramGateKernel kernel_for(const EngramGateArgs& a) {
-  const Isa isa = a.hidden.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
+  const Isa isa = isa_for(a.hidden.dtype);
   return MEMKERNELS_CPU(isa, engram_gate_kernel)(a.hidden.dtype, a.weight.dtype != a.hidden.dtype);
 }
 

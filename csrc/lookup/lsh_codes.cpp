@@ -27,7 +27,7 @@ void for_rows(const TensorView& z, const Context& ctx, const Rows& run) {
 }
 
 LshCodesKernel kernel_for(const TensorView& z) {
-  const Isa isa = z.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
+  const Isa isa = isa_for(z.dtype);
   return MEMKERNELS_CPU(isa, lsh_codes_kernel)(z.dtype);
 }
 

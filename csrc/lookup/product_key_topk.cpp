@@ -33,7 +33,7 @@ void product_key_topk(const ProductKeyArgs& a, const Context& ctx) {
   check_arguments(a);
   const int64_t tokens = a.query.shape[0], heads = a.query.shape[1], size = a.keys.shape[2];
   if (tokens == 0 || heads == 0) return;
-  const Isa isa = a.query.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
+  const Isa isa = isa_for(a.query.dtype);
   const ProductKeyKernel kernel = MEMKERNELS_CPU(isa, product_key_kernel)(a.query.dtype);
   const double work = 2.0 * tokens * heads * size * a.query.shape[3];
   const int workers = attention::workers_for(ctx, work);

@@ -97,7 +97,7 @@ void row_update(const char* op, const RowUpdateArgs& a, const Context& ctx) {
   }
   const std::vector<int64_t> rows = checked_rows(op, a);
 
-  const Isa isa = a.param.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
+  const Isa isa = isa_for(a.param.dtype);
   const RowUpdateKernel kernel = MEMKERNELS_CPU(isa, row_update_kernel)(a);
   const int64_t count = static_cast<int64_t>(rows.size());
   const int64_t per_task = std::max<int64_t>(1, 32768 / dim);

@@ -34,7 +34,7 @@ void for_tokens(const char* op, const SparseFfnArgs& a, const Context& ctx, cons
   const double work = static_cast<double>(numel(a.indices)) * (a.up.shape[1] + a.down.shape[1]);
   const int workers = attention::workers_for(ctx, work);
   const auto cuts = cut_lists(lists, a.up.shape[1], workers, true);
-  const Isa isa = a.x.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
+  const Isa isa = isa_for(a.x.dtype);
   const SparseFfnKernel kernel = MEMKERNELS_CPU(isa, sparse_ffn_kernel)(a.x.dtype);
   const size_t scratch_bytes = align_up(kernel.scratch_bytes(a));
   const Workspace workspace = allocate_workspace(workers * scratch_bytes);

@@ -66,7 +66,7 @@ std::vector<ConvRun> runs_of(const Sequences& sequences, int64_t dilation, bool 
 }
 
 CausalConvKernel kernel_for(const CausalConvArgs& a) {
-  const Isa isa = a.x.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
+  const Isa isa = isa_for(a.x.dtype);
   return MEMKERNELS_CPU(isa, causal_conv_kernel)(a.x.dtype, a.weight.dtype != a.x.dtype);
 }
 
@@ -89,7 +89,8 @@ int64_t conv_state_length(const char* op, const TensorView& weight, int64_t dila
   const int64_t taps = weight.shape[1];
   check(taps >= 1 && taps <= kMostTaps, op, "weight must have 1 to ", kMostTaps, " taps, got ",
         taps);
-  check(dilation >= 1 && dilation <= INT32_MAX, op, "dilation must be at least 1, got ", dilation);
+  check(dilation >= 1 && dilation <= INT32_MAX, op, "dilation must be from 1 to 2^31 - 1, got ",
+        dilation);
   return (taps - 1) * dilation;
 }
 
@@ -136,7 +137,8 @@ void causal_conv1d_backward(const CausalConvArgs& a, const CausalConvGrads& g, c
   if (channels == 0) return;
 
   const CausalConvKernel kernel = kernel_for(a);
-  const std::vector<ConvRun> runs = runs_of(sequences, a.dilation, given(g.dinitial_state));
+  const std::vector<ConvRun> runs =
+      runs_of(sequences, a.dilation, given(g.dinitial_state) && numel(g.dinitial_state) > 0);
   constexpr int64_t kChannels = 256;
   const int64_t num_runs = static_cast<int64_t>(runs.size());
   const Plan plan(num_runs, channels, kChannels);
@@ -189,7 +191,7 @@ void causal_conv1d_step(const CausalConvStepArgs& a, const Context& ctx) {
   std::vector<int64_t> places(batch);
   for (int64_t row = 0; row < batch; ++row) places[row] = slot_of(a.state_indices, row);
 
-  const Isa isa = a.x.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
+  const Isa isa = isa_for(a.x.dtype);
   const CausalConvStepKernel kernel =
       MEMKERNELS_CPU(isa, causal_conv_step_kernel)(a.x.dtype, a.weight.dtype != a.x.dtype);
   const int64_t per_task = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, channels));

@@ -372,7 +372,7 @@ struct Chunk {
     } else {
       read_row(at<A>(args.g, b, t, task.head), K, row, ld);
     }
-    for (int64_t c = 0; c < ld; c += W) store(row + c, exp(load(row + c)));
+    for (int64_t c = 0; c < ld; c += W) store(row + c, exp_or_inf(load(row + c)));
   }
 
   void decays() const {

@@ -72,8 +72,6 @@ Sequences check_arguments(const char* op, ChunkScanArgs& a) {
   return sequences;
 }
 
-Isa isa_for(Dtype dtype) { return dtype == Dtype::f64 ? Isa::baseline : cpu_isa(); }
-
 double multiply_adds(const ChunkScanArgs& a) { return 2.0 * numel(a.v) * a.q.shape[3]; }
 
 }  // namespace

@@ -21,8 +21,8 @@ struct Checks {
     check_dtype(op, arg, t, dtype);
     check_device(op, arg, t, like.device);
     check_rows_contiguous(op, arg, t);
-    check(!complex() || t.stride[t.ndim - 2] == 2 || numel(t) <= 2, op, arg,
-          " must be contiguous in D");
+    check(!complex() || t.stride[t.ndim - 2] == 2 || t.shape[t.ndim - 2] == 1 || numel(t) == 0, op,
+          arg, " must be contiguous in D");
   }
   void of_tokens(const char* arg, const TensorView& t) const {
     const int64_t* n = like.shape;
@@ -62,7 +62,7 @@ void check_inputs(const Checks& checks, const char* arg, const DiagonalScanArgs&
 template <class Body>
 void for_pieces(const Checks& checks, const Context& ctx, const Body& body) {
   const TensorView& like = checks.like;
-  const Isa isa = like.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
+  const Isa isa = isa_for(like.dtype);
   const DiagonalScanKernel kernel =
       MEMKERNELS_CPU(isa, diagonal_scan_kernel)(like.dtype, checks.complex());
   const int64_t width = like.shape[2] * (checks.complex() ? 2 : 1);

@@ -21,7 +21,7 @@ template <class Run>
 void for_rows(const char* op, const FeatureMapArgs& a, const Context& ctx, const Run& run) {
   const int64_t dim = a.x.shape[a.x.ndim - 1], rows = numel(a.x) / dim;
   const int64_t features = num_features(op, a.kind, dim, a.nu);
-  const Isa isa = a.x.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
+  const Isa isa = isa_for(a.x.dtype);
   const FeatureMapKernel kernel = MEMKERNELS_CPU(isa, feature_map_kernel)(a.x.dtype);
   const int64_t per_task = std::max<int64_t>(1, 32768 / features);
   const int64_t num_tasks = (rows + per_task - 1) / per_task;

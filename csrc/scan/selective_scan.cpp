@@ -90,8 +90,6 @@ struct Blocks {
   }
 };
 
-Isa isa_of(const TensorView& t) { return t.dtype == Dtype::f64 ? Isa::baseline : cpu_isa(); }
-
 int workers_for(int64_t exponentials, const Context& ctx) {
   return exponentials > 32768 ? ctx.num_workers : 1;
 }
@@ -108,7 +106,8 @@ void selective_scan(const SelectiveScanArgs& a, const Context& ctx) {
   const int64_t ranges = (sequences + per_task - 1) / per_task;
   const Blocks blocks(a.u.shape[2], a.B.shape[2]);
   const int workers = workers_for(tokens * numel(a.A), ctx);
-  const SelectiveScanKernel kernel = MEMKERNELS_CPU(isa_of(a.u), selective_scan_kernel)(a.u.dtype);
+  const SelectiveScanKernel kernel =
+      MEMKERNELS_CPU(isa_for(a.u.dtype), selective_scan_kernel)(a.u.dtype);
   const size_t bytes = align_up(kernel.scratch_bytes(a.A.shape[1]));
   const Workspace workspace = allocate_workspace(workers * bytes);
   char* const scratch = static_cast<char*>(workspace.get());
@@ -146,7 +145,7 @@ void selective_scan_backward(const SelectiveScanArgs& a, const SelectiveScanGrad
       std::clamp<int64_t>((kTasks - 1) / (runs * groups) + 1, 1, std::max<int64_t>(1, sequences));
 
   const SelectiveScanBackwardKernel kernel =
-      MEMKERNELS_CPU(isa_of(a.u), selective_scan_backward_kernel)(a.u.dtype);
+      MEMKERNELS_CPU(isa_for(a.u.dtype), selective_scan_backward_kernel)(a.u.dtype);
   const int workers = workers_for(tokens * numel(a.A), ctx);
   const size_t scratch_bytes = align_up(kernel.scratch_bytes(states, longest));
   struct Gradient {
@@ -209,12 +208,16 @@ void selective_scan_step(const SelectiveScanStepArgs& a, const Context& ctx) {
   check_contiguous(op, "each slot of state", slot);
   const int64_t slots = a.state.shape[0];
   check(slots <= 1 || a.state.stride[0] >= dim * states, op, "state has slots that overlap");
+  const std::pair<const char*, const TensorView*> inputs[] = {
+      {"u", &a.u}, {"delta", &a.delta}, {"A", &a.A}, {"B", &a.B},
+      {"C", &a.C}, {"D", &a.D},         {"z", &a.z}, {"delta_bias", &a.delta_bias}};
+  for (const auto& [arg, t] : inputs) check_apart(op, "state", a.state, arg, *t);
   check_state_indices(op, a.state_indices, rows, slots, a.u.device);
 
   const Blocks blocks(dim, a.B.shape[1]);
   constexpr int64_t kPerTask = 8;
   const int64_t count = rows * blocks.count;
-  const auto kernel = MEMKERNELS_CPU(isa_of(a.u), selective_scan_step_kernel)(a.u.dtype);
+  const auto kernel = MEMKERNELS_CPU(isa_for(a.u.dtype), selective_scan_step_kernel)(a.u.dtype);
   run_tasks(ctx, workers_for(rows * numel(a.A), ctx), (count + kPerTask - 1) / kPerTask,
             [&](int64_t task, int) {
               const int64_t end = std::min(count, (task + 1) * kPerTask);

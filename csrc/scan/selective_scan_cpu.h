@@ -9,12 +9,6 @@
 namespace memkernels::scan {
 namespace {
 
-// e^x where that may overflow.
-MK_INLINE Vec<float> exp_or_inf(Vec<float> x) {
-  return x > 88.722f ? splat(kInfinity<float>) : exp(x);
-}
-MK_INLINE Vec<double> exp_or_inf(Vec<double> x) { return exp(x); }
-
 // log(1 + e) for e from 0 to 1: 2 atanh(e / (2 + e)), to 1e-8 of itself.
 MK_INLINE Vec<float> log1p(Vec<float> e) {
   const Vec<float> s = e / (2.0f + e), s2 = s * s;

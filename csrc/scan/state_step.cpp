@@ -86,7 +86,7 @@ void state_step(const char* op, const StateStepArgs& a, const Context& ctx) {
   std::vector<int64_t> slots(batch);
   for (int64_t row = 0; row < batch; ++row) slots[row] = slot_of(a.state_indices, row);
 
-  const Isa isa = a.q.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
+  const Isa isa = isa_for(a.q.dtype);
   const StateStepKernel kernel = MEMKERNELS_CPU(isa, state_step_kernel)(a.q.dtype);
   const int64_t elements = a.k.shape[2] * values;
   const int workers = heads * elements > 65536 ? ctx.num_workers : 1;

@@ -56,7 +56,7 @@ struct StateStep {
       } else {
         read_row(at<A>(g, row, head), size, decay);
       }
-      for (int64_t i = 0; i < size; i += W) store(decay + i, exp(load(decay + i)));
+      for (int64_t i = 0; i < size; i += W) store(decay + i, exp_or_inf(load(decay + i)));
     } else {
       const int64_t place =
           g.ndim == 1 ? head * g.stride[0] : row * g.stride[0] + head * g.stride[1];

@@ -48,7 +48,7 @@ void attention_colstats(const char* op, const ColstatsArgs& a, const Context& ct
     }
   }
   const int workers = attention::workers_for(ctx, multiply_adds);
-  const Isa isa = p.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
+  const Isa isa = isa_for(p.dtype);
   const ColstatsKernel kernel = MEMKERNELS_CPU(isa, colstats_kernel)(p.dtype);
   const size_t scratch_bytes = align_up(kernel.scratch_bytes(p));
   const Workspace workspace = allocate_workspace(workers * scratch_bytes);

@@ -82,8 +82,7 @@ struct Runner {
   Runner(const attention::Plan& plan, double multiply_adds, const Context& ctx)
       : ctx(ctx),
         workers(attention::workers_for(ctx, multiply_adds)),
-        kernel(MEMKERNELS_CPU(plan.problem.dtype == Dtype::f64 ? Isa::baseline : cpu_isa(),
-                              indexer_kernel)(plan.problem.dtype)),
+        kernel(MEMKERNELS_CPU(isa_for(plan.problem.dtype), indexer_kernel)(plan.problem.dtype)),
         scratch_bytes(align_up(kernel.scratch_bytes(plan.problem))),
         workspace(allocate_workspace(workers * scratch_bytes)) {}
 

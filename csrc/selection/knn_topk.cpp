@@ -111,7 +111,7 @@ void knn_topk(const KnnArgs& a, const Context& ctx) {
   const int64_t size = item_size(a.values.dtype);
   int64_t most_room = 0;
   for (const KnnTask& task : tasks) most_room = std::max(most_room, task.room);
-  const Isa isa = a.q.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
+  const Isa isa = isa_for(a.q.dtype);
   const KnnKernel kernel = MEMKERNELS_CPU(isa, knn_kernel)(a.q.dtype);
   const size_t scratch_bytes = align_up(kernel.scratch_bytes(a, most_room));
   const size_t value_bytes = align_up(found * size);

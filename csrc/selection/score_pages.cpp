@@ -85,7 +85,7 @@ void score_pages(const ScorePagesArgs& a, const Context& ctx) {
       fill_scalars(a.scores.data, a.scores.dtype, row * pages + used, (row + 1) * pages, -INFINITY);
     }
   }
-  const Isa isa = a.q.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
+  const Isa isa = isa_for(a.q.dtype);
   const ScoreKernel kernel = MEMKERNELS_CPU(isa, score_kernel)(a.q.dtype, a.summary.dtype);
   const size_t scratch_bytes = align_up(kernel.scratch_bytes(a, block_queries));
   const Workspace workspace = allocate_workspace(workers * scratch_bytes);

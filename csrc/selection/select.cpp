@@ -28,7 +28,7 @@ void select_rows(const TensorView& scores, const TensorView& out, const SelectRo
   int64_t rows = 1;
   for (int i = 0; i < leading; ++i) rows *= scores.shape[i];
   if (rows == 0 || room == 0) return;
-  const Isa isa = scores.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
+  const Isa isa = isa_for(scores.dtype);
   const SelectKernel kernel = MEMKERNELS_CPU(isa, select_kernel)(scores.dtype);
   const int64_t row_work = n + 4 * room;
   const int64_t per_task = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, row_work));

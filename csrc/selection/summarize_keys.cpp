@@ -65,7 +65,7 @@ void summarize(const SummarizeKeysArgs& a, const int32_t* fill, int64_t num_page
   const int64_t per_task = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, page_elements));
   const int64_t num_tasks = (num_pages + per_task - 1) / per_task;
   const int workers = num_tasks > 2 ? ctx.num_workers : 1;
-  const Isa isa = k.dtype == Dtype::f64 ? Isa::baseline : cpu_isa();
+  const Isa isa = isa_for(k.dtype);
   const SummaryKernel kernel = MEMKERNELS_CPU(isa, summary_kernel)(k.dtype);
   const size_t scratch_bytes = align_up(kernel.scratch_bytes(k.shape[2], k.shape[3]));
   const Workspace workspace = allocate_workspace(workers * scratch_bytes);

@@ -64,12 +64,15 @@ def linear_attention(
         o ``[B, T, HV, V]`` in the dtype of q; and, if asked for, else None, state
         ``[N, HV, K, V]``; and z ``[N, HV, K]``, if also normalize.
 
+    Sums are float32 (float64). Of bfloat16, a CPU with AVX512-BF16 rounds what matrix products
+    take to it, the state included, as GPUs do; the state itself stays float32.
+
     Differentiable once in q, k, v, g and the initial states, through the final ones too. The
     backward recomputes what it needs from the states at the starts of chunks, of one head a worker
     at a time. Raises RuntimeError on arguments that contradict the above.
     """
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
     tensors = q, k, v, g, initial_state, initial_z, cu_seqlens
+    scale = _scale("linear_attention", scale, k)
     options = {"scale": scale, "normalize": normalize, "eps": eps}
     options["output_final_state"] = output_final_state
     if _library.use_fallback(q, "linear_attention", *tensors[:6]):
@@ -117,12 +120,12 @@ def delta_rule(
     Returns:
         o ``[B, T, HV, V]`` in the dtype of q; and state ``[N, HV, K, V]`` if asked for, else None.
 
-    Differentiable once in q, k, v, beta, g and initial_state, through the final state too; the
-    backward recomputes, as `linear_attention`'s does. Raises RuntimeError on arguments that
-    contradict the above.
+    Sums are in what `linear_attention`'s are. Differentiable once in q, k, v, beta, g and
+    initial_state, through the final state too; the backward recomputes, as there. Raises
+    RuntimeError on arguments that contradict the above.
     """
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
     tensors = q, k, v, beta, g, initial_state, cu_seqlens
+    scale = _scale("delta_rule", scale, k)
     options = {"scale": scale, "qk_l2norm": qk_l2norm, "output_final_state": output_final_state}
     if _library.use_fallback(q, "delta_rule", *tensors[:6]):
         return fallback.delta_rule(*tensors, **options)
@@ -259,6 +262,23 @@ def ssd(
         D is None or D.shape in ((heads,), (heads, x.shape[3])), op, "D must be [H] or [H, P]", D
     )
     _check(z is None or z.shape == x.shape, op, f"z must be {list(x.shape)}", z)
+    _check(z is None or z.dtype == x.dtype, op, f"z must be {x.dtype} as x is")
+    for name, t in {"B": B, "C": C}.items():
+        alike = t.ndim == 4 and t.shape[:2] == x.shape[:2] and t.shape == B.shape
+        _check(alike, op, f"{name} must be [batch, T, G, N], as x and B are", t)
+        _check(t.dtype == x.dtype, op, f"{name} must be {x.dtype} as x is, got {t.dtype}")
+    _check(
+        B.shape[2] > 0 and heads % B.shape[2] == 0,
+        op,
+        f"B must have a divisor of {heads} groups",
+        B,
+    )
+    _check(
+        initial_states is None or initial_states.ndim == 4,
+        op,
+        "initial_states must be [sequences, H, P, N]",
+        initial_states,
+    )
     dt = dt.to(_lse_dtype(x.dtype))
     if dt_bias is not None:
         dt = dt + dt_bias
@@ -279,7 +299,7 @@ def ssd(
     if D is not None:
         out = out + (x * (D if D.ndim == 2 else D[:, None])).to(out.dtype)
     if z is not None:
-        out = out * torch.nn.functional.silu(z)
+        out = out * torch.nn.functional.silu(z).to(out.dtype)
     return (out, state.mT) if return_final_states else out
 
 
@@ -324,9 +344,13 @@ def diagonal_scan(
         pairs = x, a, initial_state
     else:
         if not a.is_complex():
+            real = x.dtype.to_real()
+            _check(
+                a.dtype == real, "diagonal_scan", f"a must be {x.dtype} or {real}, got {a.dtype}"
+            )
             a = torch.complex(a, torch.zeros_like(a))
         pairs = tuple(
-            torch.view_as_real(t) if t is not None and t.is_complex() else t
+            torch.view_as_real(t.resolve_conj()) if t is not None and t.is_complex() else t
             for t in (x, a, initial_state)
         )
     h, state = _library.call(_diagonal_scan, pairs, *pairs, reset, cu_seqlens, **options)
@@ -423,6 +447,7 @@ def route_tokens(x: Tensor, expert_ids: Tensor, num_memories: int) -> tuple[Tens
             _route_indices, (), expert_ids, num_memories=num_memories
         )
     _check(x.shape[:1] == expert_ids.shape[:1], "route_tokens", "x needs T rows", x)
+    _check(0 not in x.shape[1:], "route_tokens", "x has empty rows", x)
     rows = embedding_bag(order[:, None], x.flatten(1) if x.ndim > 1 else x[:, None])
     return rows.view(-1, *x.shape[1:]), cu_seqlens, inverse
 
@@ -475,7 +500,7 @@ def linear_attention_step(
     Not differentiable: raises under grad mode if a tensor requires grad. Raises RuntimeError on
     arguments that contradict the above, changing nothing.
     """
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    scale = _scale("linear_attention_step", scale, k)
     tensors = q, k, v, state, z, g, state_indices
     if _library.use_fallback(q, "linear_attention_step"):
         return fallback.linear_attention_step(*tensors, scale=scale, eps=eps)
@@ -508,7 +533,7 @@ def delta_rule_step(
     Not differentiable: raises under grad mode if a tensor requires grad. Raises RuntimeError on
     arguments that contradict the above, changing nothing.
     """
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    scale = _scale("delta_rule_step", scale, k)
     tensors = q, k, v, beta, state, g, state_indices
     options = {"scale": scale, "qk_l2norm": qk_l2norm}
     if _library.use_fallback(q, "delta_rule_step"):
@@ -582,6 +607,11 @@ def causal_conv1d_step(
     return _library.call_in_place(_conv_step, (state,), *tensors, **options)
 
 
+def _scale(op: str, scale: float | None, k: Tensor) -> float:
+    _check(k.ndim > 0 and k.shape[-1] > 0, op, "k must have rows of K > 0", k)
+    return k.shape[-1] ** -0.5 if scale is None else scale
+
+
 def _check(ok: bool, op: str, message: str, got: Tensor | None = None) -> None:
     if not ok:
         raise RuntimeError(f"{op}: {message}" + ("" if got is None else f", got {list(got.shape)}"))
@@ -644,24 +674,26 @@ def _fake_scan(k, v, cu_seqlens, output_final_state, normalize):
 
 
 def _fake_gradients(needs, inputs, wide=()):
-    """Of the inputs that need one; in the dtype of sums for those named wide."""
-    return tuple(
-        t.new_empty(t.shape, dtype=_lse_dtype(t.dtype) if bit in wide else t.dtype)
-        if needs >> bit & 1
-        else inputs[0].new_empty(0)
-        for bit, t in enumerate(inputs)
-    )
+    """Of the inputs that need one, else empty; in the dtype of sums for those named wide."""
+
+    def fake(bit, t):
+        if t is None:
+            return inputs[0].new_empty(0, dtype=torch.float32)
+        dtype = _lse_dtype(t.dtype) if bit in wide else t.dtype
+        return t.new_empty(t.shape if needs >> bit & 1 else (0,), dtype=dtype)
+
+    return tuple(fake(bit, t) for bit, t in enumerate(inputs))
 
 
 def _fake_chunk_gradients(needs, inputs, gate):
     """q's and k's are those of each value head, in the dtype of sums, if several share them; so
     are those of gates, of every token."""
     q, _, v = inputs[:3]
-    grads = list(_fake_gradients(needs, inputs, wide=range(3, gate + 1)))
-    for bit in 0, 1:
-        if needs >> bit & 1 and v.shape[2] > q.shape[2]:
-            sizes = *v.shape[:3], q.shape[3]
-            grads[bit] = q.new_empty(sizes, dtype=_lse_dtype(q.dtype))
+    shared = (0, 1) if v.shape[2] != q.shape[2] else ()
+    grads = list(_fake_gradients(needs, inputs, wide=(*shared, *range(3, gate + 1))))
+    for bit in shared:
+        if needs >> bit & 1:
+            grads[bit] = grads[bit].new_empty((*v.shape[:3], q.shape[3]))
     if needs >> gate & 1 and inputs[gate].ndim == 1:
         grads[gate] = grads[gate].new_empty(v.shape[:3])
     return tuple(grads)

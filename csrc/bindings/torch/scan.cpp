@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor> delta_rule(const Tensor& q, const Tensor& k, const Te
 Tensor head_gradient(const char* op, int64_t needs, int bit, const TensorView& like,
                      const TensorView& v, TensorView& to) {
   TensorView shape = like;
-  if (v.shape[2] > like.shape[2]) {
+  if (v.shape[2] != like.shape[2]) {
     shape.shape[2] = v.shape[2];
     shape.dtype = accumulator(like.dtype);
   }

@@ -103,6 +103,9 @@ MK_INLINE Vec<A> splat(A x) {
   return x - Vec<A>{};  // not +: that would lose the sign of zero, and cost an instruction
 }
 
+template <class A>
+constexpr A kInfinity = static_cast<A>(__builtin_inf());
+
 template <class V>
 MK_INLINE V vmax(V a, V b) {
   return a > b ? a : b;
@@ -442,7 +445,7 @@ MK_INLINE A max(Vec<A> v) {
 
 // ---- elementary functions ----------------------------------------------------------------------
 
-// e^x within 1.2 ulp for x up to 88; 0 below -87.3 (and for -inf, exactly); NaN stays NaN.
+// e^x within 1.2 ulp for x up to 88.7; 0 below -87.3 (and for -inf, exactly); NaN stays NaN.
 MK_INLINE Vec<float> exp(Vec<float> x) {
   const float magic = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
   const Vec<float> shifted = x * 0x1.715476p0f + magic;
@@ -467,7 +470,13 @@ MK_INLINE Vec<double> exp(Vec<double> x) {
   return x;
 }
 
-MK_INLINE float exp(float x) { return exp(splat(x))[0]; }
+// e^x where that may overflow.
+MK_INLINE Vec<float> exp_or_inf(Vec<float> x) {
+  return x > 88.722f ? splat(kInfinity<float>) : exp(x);
+}
+MK_INLINE Vec<double> exp_or_inf(Vec<double> x) { return exp(x); }
+
+MK_INLINE float exp(float x) { return exp_or_inf(splat(x))[0]; }
 MK_INLINE double exp(double x) { return __builtin_exp(x); }
 MK_INLINE float log(float x) { return static_cast<float>(__builtin_log(static_cast<double>(x))); }
 MK_INLINE double log(double x) { return __builtin_log(x); }
@@ -497,9 +506,6 @@ MK_INLINE Vec<double> tanh(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_tanh(x[i]);
   return x;
 }
-
-template <class A>
-constexpr A kInfinity = static_cast<A>(__builtin_inf());
 
 }  // namespace
 }  // namespace memkernels

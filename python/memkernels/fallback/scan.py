@@ -305,11 +305,17 @@ def _delta(q, k, v, beta, decay, state, *, scale):
 def _selective(A, D):
     def step(u, delta, B, C, gate, state):
         B, C = (x.repeat_interleave(len(A) // x.shape[-2], -2) for x in (B, C))
-        state = (delta[..., None] * A).exp() * state + (delta * u)[..., None] * B
+        state = _discretised(delta[..., None], A) * state + (delta * u)[..., None] * B
         out = (C * state).sum(-1)
         return (out if D is None else out + D * u) * gate, state
 
     return step
+
+
+def _discretised(delta, A):
+    """``exp(delta * A)``, whose derivative is 0 where A is -inf."""
+    finite = A.clamp(min=torch.finfo(A.dtype).min)
+    return (delta * finite).where(finite == A, (delta * A).detach()).exp()
 
 
 def _convolve(x, state, weight, bias, dilation, activation):
@@ -509,7 +515,7 @@ def _check_conv(op, x, weight, bias, dilation, activation, leading):
     if bias is not None:
         alike = bias.shape == (channels,) and bias.dtype == weight.dtype
         _check(op, alike, "bias", f"{weight.dtype} [{channels}]", _describe(bias))
-    _check(op, dilation >= 1, "dilation", "at least 1", dilation)
+    _check(op, 1 <= dilation < 2**31, "dilation", "from 1 to 2^31 - 1", dilation)
     known = activation in (None, "none", "silu")
     _check(op, known, "activation", "silu or none", activation)
     return (weight.shape[1] - 1) * dilation
