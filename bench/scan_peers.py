@@ -194,17 +194,19 @@ def selective_scan(x: Inputs) -> dict[str, Callable]:
 
 def selective_channels_first(x: Inputs) -> dict[str, Callable]:
     """With the layouts and the steps of Mamba's own reference."""
+    u, delta, z = (x[name].mT.contiguous() for name in ("u", "delta", "z"))
+    B, C = (x[name].squeeze(2).mT.contiguous() for name in ("B", "C"))
+    A, D, delta_bias = x["A"], x["D"][:, None], x["delta_bias"][:, None]
 
-    def run(u, delta, A, B, C, D, z, delta_bias):
-        u, delta, z, B, C = u.mT, delta.mT, z.mT, B.squeeze(2), C.squeeze(2)
-        delta = F.softplus(delta + delta_bias[:, None])
-        decays = torch.einsum("bdt,ds->bdts", delta, A).exp()
-        inputs = torch.einsum("bdt,bts,bdt->bdts", delta, B, u)
+    def run():
+        dt = F.softplus(delta + delta_bias)
+        decays = torch.einsum("bdt,ds->bdts", dt, A).exp()
+        inputs = torch.einsum("bdt,bst,bdt->bdts", dt, B, u)
         h, y = 0, []
         for t in range(u.shape[2]):
             h = decays[:, :, t] * h + inputs[:, :, t]
-            y.append(torch.einsum("bds,bs->bd", h, C[:, t]))
-        return ((torch.stack(y, 2) + D[:, None] * u) * F.silu(z)).mT
+            y.append(torch.einsum("bds,bs->bd", h, C[:, :, t]))
+        return ((torch.stack(y, 2) + D * u) * F.silu(z)).mT
 
     return {"torch loop, channels first": run}
 
