@@ -219,7 +219,7 @@ struct Chunk {
   LeftOf<M> reads, erases, writes, weights;  // read, erase, write transposed, and scores
   struct {
     Unit *q, *k, *reads, *erases, *writes, *weights;
-  } rounded;  // where operands lie if they are not what they are made of
+  } rounded = {};  // where operands lie if they are not what they are made of
 
   int64_t begin;        // the first token
   int64_t count, rows;  // tokens, and the same rounded up to the tile's rows
