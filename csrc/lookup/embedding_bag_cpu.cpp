@@ -55,8 +55,8 @@ MK_INLINE float multiply_quantised(const R* row, int64_t columns, const TensorVi
     const float scale = scale_of(scales, index, b);
     int64_t c = 0;
     for (; c + W <= block; c += W) sums += scale * load(x + c) * load_elements(row + c);
-    if (c < block)
-      sums += scale * load_some(x + c, block - c) * load_some_elements(row + c, block - c);
+    if (c == block) continue;
+    sums += scale * load_some(x + c, block - c) * load_some_elements(row + c, block - c);
   }
   return sum<float>(sums);
 }

@@ -208,8 +208,9 @@ template <class R, class A = Acc<R>>
 MK_INLINE void read_row(const TensorView& t, int64_t row, A* out) {
   const R* from = static_cast<const R*>(t.data) + row * t.stride[0];
   const int64_t columns = t.shape[1];
-  for (int64_t c = 0; c < columns; c += kLanes<A>)
+  for (int64_t c = 0; c < columns; c += kLanes<A>) {
     store(out + c, load_some_elements(from + c, columns - c));
+  }
 }
 
 }  // namespace
