@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+import memkernels
 from checks import PLAIN, at_random, check, check_error, check_gradients, gradients, outcome, put
 from scan_cases import GATES, SLACK, linear_case, part, step_case
 from test_attention import DTYPES
@@ -325,6 +326,16 @@ def test_ssd(scan_ops, lengths, dtype, options):
     arguments = ssd_case(lengths, dtype=dtype, **options)
     check(scan_ops, "ssd", arguments, slack=2 * SLACK)
     check_gradients(scan_ops, "ssd", arguments, slack=2 * SLACK)
+
+
+def test_ssd_under_autocast():
+    """Which may have left x in float32 and not what comes from a projection."""
+    arguments = ssd_case((2, 70), "Dz")
+    narrow = {name: arguments[name].bfloat16() for name in ("B", "C", "z")}
+    exact = memkernels.ssd(**arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = memkernels.ssd(**arguments | narrow)
+    torch.testing.assert_close(out.float(), exact, rtol=0.05, atol=0.05 * exact.abs().max())
 
 
 SSD_ERRORS = {

@@ -262,11 +262,12 @@ def ssd(
         D is None or D.shape in ((heads,), (heads, x.shape[3])), op, "D must be [H] or [H, P]", D
     )
     _check(z is None or z.shape == x.shape, op, f"z must be {list(x.shape)}", z)
-    _check(z is None or z.dtype == x.dtype, op, f"z must be {x.dtype} as x is")
+    for name, t in {"B": B, "C": C, "z": z}.items():
+        alike = t is None or t.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+        _check(alike, op, f"{name} must be {x.dtype} as x is")
     for name, t in {"B": B, "C": C}.items():
         alike = t.ndim == 4 and t.shape[:2] == x.shape[:2] and t.shape == B.shape
         _check(alike, op, f"{name} must be [batch, T, G, N], as x and B are", t)
-        _check(t.dtype == x.dtype, op, f"{name} must be {x.dtype} as x is, got {t.dtype}")
     _check(
         B.shape[2] > 0 and heads % B.shape[2] == 0,
         op,
