@@ -29,7 +29,8 @@ WRITTEN = {
     "selective_scan_step": ["state"],
     "causal_conv1d_step": ["state"],
 }
-OF_PRODUCTS = "linear_attention", "delta_rule", "infini_update", "ssd"
+# Ops whose kernels multiply matrices of the dtype of their inputs.
+OF_PRODUCTS = "linear_attention", "delta_rule"
 
 
 class _Plain:
