@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import hypothesis
@@ -23,12 +23,15 @@ import torch
 from torch import Tensor
 
 import memkernels
-from memkernels import _C, _library, attention
+from memkernels import _C, _library, attention, selection
 
 SIMT = Path(__file__).parent / "simt"
 OPS = (
-    "paged_attention", "gather_attention", "merge_states", "append_kv", "copy_pages", "compact_kv"
+    "paged_attention", "gather_attention", "merge_states", "append_kv", "copy_pages", "compact_kv",
+    "summarize_keys", "update_summaries", "score_pages", "select_topk", "evict",
+    "attention_colstats", "knn_topk", "indexer_scores",
 )  # fmt: skip
+DIFFERENTIABLE = "paged_attention", "gather_attention", "indexer_scores"
 ASYNC = {"eager": 0, "lazy": 1, "random": 2}
 
 
@@ -78,6 +81,7 @@ def _load(check: str) -> ctypes.CDLL:
     for op in "paged_attention", "gather_attention":
         overload = getattr(getattr(torch.ops, namespace), op).default
         attention._register_attention(overload, attention._DIFFERENTIABLE, autograd)
+    selection._register_indexer(namespace, autograd)
     loaded = ctypes.CDLL(path)
     loaded.autograd = autograd  # registered as long as this lives
     return loaded
@@ -113,14 +117,31 @@ def races() -> tuple[int, str]:
     return library("race").simt_races(text, len(text)), text.value.decode()
 
 
+@functools.cache
+def emulated(check: str) -> list[tuple[ModuleType, dict[str, torch._ops.OpOverload]]]:
+    """By module, the names that stand for torch ops, and the ops of the host runner for them."""
+    ops = getattr(torch.ops, f"memkernels_simt{check}")
+    return [
+        (
+            module,
+            {
+                name: getattr(ops, op._opname).default
+                for name, op in vars(module).items()
+                if isinstance(op, torch._ops.OpOverload)
+            },
+        )
+        for module in (attention, selection)
+    ]
+
+
 def on_host(op: str, *args, check_indices: bool = True, check: str = "", **kwargs):
     """The public function, with the op of the host runner behind it."""
     library(check)
-    emulated = getattr(getattr(torch.ops, f"memkernels_simt{check}"), op).default
-    with (
-        mock.patch.object(attention, f"_{op}", emulated),
-        mock.patch.dict(os.environ, {"MEMKERNELS_CHECK": str(int(check_indices))}),
-    ):
+    with contextlib.ExitStack() as patches:
+        for module, ops in emulated(check):
+            patches.enter_context(mock.patch.multiple(module, **ops))
+        environment = {"MEMKERNELS_CHECK": str(int(check_indices))}
+        patches.enter_context(mock.patch.dict(os.environ, environment))
         return getattr(memkernels, op)(*args, **kwargs)
 
 
@@ -172,7 +193,7 @@ def run(op: str, *args, **kwargs):
     lacking = None
     if any(x.dtype == torch.float64 for x in tensors):
         lacking = "CUDA kernels have no float64"
-    elif "attention" not in op and _library.wants_gradient(*tensors):
+    elif op not in DIFFERENTIABLE and _library.wants_gradient(*tensors):
         lacking = "autograd of this op is above what is tested here"
     if lacking:
         if hypothesis.currently_in_test_context():

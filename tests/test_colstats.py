@@ -73,10 +73,10 @@ def random_cases(draw):
 
 
 @at_random(arguments=random_cases())
-def test_random_cases(selection_ops, arguments):
+def test_random_cases(ops, arguments):
     """What is accumulated onto nothing is the same, to the bit."""
-    stats = check_colstats(selection_ops, arguments)
-    total = accumulated(selection_ops, arguments, torch.zeros_like(stats), decay=0.5)
+    stats = check_colstats(ops, arguments)
+    total = accumulated(ops, arguments, torch.zeros_like(stats), decay=0.5)
     assert_same_bits(total, stats)
 
 
@@ -84,30 +84,30 @@ def test_random_cases(selection_ops, arguments):
 @pytest.mark.parametrize(
     ("heads", "head_dim"), [((5, 1), 5), ((8, 2), 64), ((1, 1), 80), ((32, 1), 128), ((16, 1), 576)]
 )
-def test_head_dims(selection_ops, dtype, heads, head_dim):
+def test_head_dims(ops, dtype, heads, head_dim):
     sizes = {"heads": heads, "head_dims": (head_dim, 1), "dtype": dtype}
     case = attention_case("paged", [50, 18], [1, 9], **sizes)
-    check_colstats(selection_ops, colstats_case(case, reduce="sum"))
+    check_colstats(ops, colstats_case(case, reduce="sum"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @reduces
-def test_decode_of_long_sequences(selection_ops, reduce, dtype):
+def test_decode_of_long_sequences(ops, reduce, dtype):
     """Long enough to be split over workers, beside short ones."""
     options = {"absent_pages": 0.2, "window": 1100, "sink_tokens": 4, "head_dims": (32, 1)}
     case = attention_case("paged", [3000, 5, 0, 257], dtype=dtype, **options)
-    check_colstats(selection_ops, colstats_case(case, reduce=reduce))
+    check_colstats(ops, colstats_case(case, reduce=reduce))
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("paged", d) for d in DTYPES]
                          + [("contiguous", torch.float32)])  # fmt: skip
 @reduces
-def test_prefill(selection_ops, reduce, kind, dtype):
+def test_prefill(ops, reduce, kind, dtype):
     """Several hundred queries, alone and after a cached prefix."""
     sizes = {"heads": (2, 1), "head_dims": (16, 1), "dtype": dtype}
     case = attention_case(kind, [300, 330], [300, 70], **sizes)
     # Twice the usual slack: one probability is added to hundreds of others.
-    check_colstats(selection_ops, colstats_case(case, reduce=reduce), slack=8)
+    check_colstats(ops, colstats_case(case, reduce=reduce), slack=8)
 
 
 OPTIONS = {
@@ -140,7 +140,7 @@ def unit_values(case):
 @kinds
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("reduce", ["sum", "max"])
-def test_probabilities_are_those_of_attention(selection_ops, kind, options, reduce):
+def test_probabilities_are_those_of_attention(ops, kind, options, reduce):
     """With unit vectors for values, attention gives out its probabilities."""
     case = attention_case(kind, **RAGGED, dtype=torch.float64, **OPTIONS[options])
     given, _ = fallback.paged_attention(**case.replace(v_cache=unit_values(case)).arguments())
@@ -149,34 +149,34 @@ def test_probabilities_are_those_of_attention(selection_ops, kind, options, redu
     given = [torch.cat([given[case.rows(b)], nobody]) for b in range(5)]
     reduction = torch.sum if reduce == "sum" else torch.amax
     expected = torch.stack([reduction(probabilities, (0, 2)) for probabilities in given])
-    actual = colstats(selection_ops, colstats_case(case, reduce=reduce))
+    actual = colstats(ops, colstats_case(case, reduce=reduce))
     torch.testing.assert_close(actual, expected)
 
 
-def test_queries_share_out_what_they_have(selection_ops):
+def test_queries_share_out_what_they_have(ops):
     """A row of attention sums to one; with a sink, to less; empty ones give nothing."""
     case = attention_case("paged", **RAGGED, dtype=torch.float64)
-    stats = colstats(selection_ops, colstats_case(case))
+    stats = colstats(ops, colstats_case(case))
     giving = torch.tensor([5, 0, 7, 0, 16]) * 2  # of the queries, those that see keys; two a group
     torch.testing.assert_close(stats.sum(-1), giving[:, None].expand(-1, 2).double())
     case = case.replace(sink_logit=torch.zeros(4).double())
-    assert (colstats(selection_ops, colstats_case(case)).sum(-1) <= giving[:, None]).all()
+    assert (colstats(ops, colstats_case(case)).sum(-1) <= giving[:, None]).all()
 
 
-def test_the_default_threshold_counts_what_is_above_the_mean(selection_ops):
+def test_the_default_threshold_counts_what_is_above_the_mean(ops):
     """Queries like all of their keys receive the mean everywhere, and everything counts."""
     q = torch.zeros(4, 2, 8, dtype=torch.float64)
     k = torch.randn(1, 9, 1, 8, dtype=torch.float64)
     offsets = torch.tensor([0, 4])
     lse = torch.arange(6, 10).double().log()[:, None].expand(4, 2) - 1e-9
-    counts = selection_ops.attention_colstats(q, k, None, None, offsets, lse, reduce="count")
+    counts = ops.attention_colstats(q, k, None, None, offsets, lse, reduce="count")
     assert counts.tolist() == [[[8, 8, 8, 8, 8, 8, 6, 4, 2]]]
     lse = lse + 2e-9
-    counts = selection_ops.attention_colstats(q, k, None, None, offsets, lse, reduce="count")
+    counts = ops.attention_colstats(q, k, None, None, offsets, lse, reduce="count")
     assert not counts.any()
 
 
-def test_only_the_given_queries_count(selection_ops):
+def test_only_the_given_queries_count(ops):
     """A prefill in two chunks, accumulated, is one in one."""
     case = attention_case("contiguous", [40], [40], dtype=torch.float64)
     whole = colstats_case(case)
@@ -188,52 +188,52 @@ def test_only_the_given_queries_count(selection_ops):
             "seq_lens": torch.tensor([end]),
             "cu_seqlens_q": torch.tensor([0, end - begin]),
         }
-        selection_ops.attention_colstats(**whole | chunk, accumulate_into=total)
-    torch.testing.assert_close(total, colstats(selection_ops, whole))
+        ops.attention_colstats(**whole | chunk, accumulate_into=total)
+    torch.testing.assert_close(total, colstats(ops, whole))
 
 
 @kinds
 @reduces
-def test_nothing_is_received_where_nothing_is_seen(selection_ops, kind, reduce):
+def test_nothing_is_received_where_nothing_is_seen(ops, kind, reduce):
     """Beyond a sequence, of masked keys and of rows whose lse is -inf."""
     case = attention_case(kind, [0, 2, 5], [3, 4, 1], key_bias=True)
     arguments = colstats_case(case, reduce=reduce)
     assert (arguments["lse"][:5] == -torch.inf).all()
-    stats = check_colstats(selection_ops, arguments)
+    stats = check_colstats(ops, arguments)
     behind = torch.arange(stats.shape[-1]) >= case.seq_lens[:, None]
     assert not stats.transpose(1, 2)[behind].any()
     arguments["lse"] = torch.full_like(arguments["lse"], -torch.inf)
-    assert not colstats(selection_ops, arguments).any()
+    assert not colstats(ops, arguments).any()
 
 
 @kinds
 @reduces
-def test_batch_of_no_sequences(selection_ops, kind, reduce):
+def test_batch_of_no_sequences(ops, kind, reduce):
     for queries in None, []:
         case = attention_case(kind, [], queries, head_dims=(8, 1))
-        stats = colstats(selection_ops, colstats_case(case, reduce=reduce))
+        stats = colstats(ops, colstats_case(case, reduce=reduce))
         assert stats.shape == (0, 2, 16 if kind == "paged" else 3)
 
 
-def test_seq_lens_default_to_the_whole_cache(selection_ops):
+def test_seq_lens_default_to_the_whole_cache(ops):
     case = attention_case("contiguous", [12] * 3, [2, 0, 4])
     case = case.replace(k_cache=case.k_cache[:, :12], v_cache=case.v_cache[:, :12])
     arguments = colstats_case(case)
-    expected = colstats(selection_ops, arguments)
-    assert_same_bits(colstats(selection_ops, arguments | {"seq_lens": None}), expected)
+    expected = colstats(ops, arguments)
+    assert_same_bits(colstats(ops, arguments | {"seq_lens": None}), expected)
 
 
 @pytest.mark.parametrize("reduce", ["sum", "max"])
 @pytest.mark.parametrize("name", ["q", "k_cache", "key_bias", "lse"])
-def test_nan_reaches_only_the_statistics_that_use_it(selection_ops, name, reduce):
+def test_nan_reaches_only_the_statistics_that_use_it(ops, name, reduce):
     """It is in query 3 or token 9 of sequence 1, in the last query head or KV head."""
     case = attention_case("paged", [8, 16, 8], [2, 9, 1], page_size=4, key_bias=True, window=8)
     arguments = colstats_case(case, reduce=reduce)
-    clean = colstats(selection_ops, arguments)
+    clean = colstats(ops, arguments)
     token = (case.page_table[1, 2].item(), 1, 1)
     place = (2 + 3, 3) if name in ("q", "lse") else token
     arguments[name] = put(arguments[name], place, torch.nan)
-    dirty = colstats(selection_ops, arguments)
+    dirty = colstats(ops, arguments)
     exact = torch.from_numpy(reference.attention_colstats(**arrays(arguments)))
     touched = torch.zeros_like(dirty, dtype=torch.bool)
     touched[1, 1, slice(3, 11) if name in ("q", "lse") else 9] = True
@@ -242,29 +242,29 @@ def test_nan_reaches_only_the_statistics_that_use_it(selection_ops, name, reduce
     assert dirty[touched].isnan().any()
 
 
-def test_masked_keys_may_hold_anything(selection_ops):
+def test_masked_keys_may_hold_anything(ops):
     case = attention_case("paged", [40], [4], window=8, key_bias=True)
     arguments = colstats_case(case)
-    clean = colstats(selection_ops, arguments)
+    clean = colstats(ops, arguments)
     masked = case.key_bias == -torch.inf
     masked[case.page_table[0, :1]] = True  # tokens 0 to 15, all before the window
     case.k_cache[masked] = torch.nan
-    assert_same_bits(colstats(selection_ops, arguments), clean)
+    assert_same_bits(colstats(ops, arguments), clean)
 
 
-def test_large_logits(selection_ops):
+def test_large_logits(ops):
     case = attention_case("paged", [600, 40], [3, 40], scale=30.0, head_dims=(16, 16))
-    check_colstats(selection_ops, colstats_case(case, reduce="sum"), slack=400)
+    check_colstats(ops, colstats_case(case, reduce="sum"), slack=400)
 
 
 @kinds
-def test_strided_inputs(selection_ops, kind):
+def test_strided_inputs(ops, kind):
     case = attention_case(kind, **RAGGED, key_bias=True)
     arguments = colstats_case(case, reduce="sum")
     for name, dims in {"q": (0, 1), "k_cache": (0, 1, 2), "key_bias": (0, 1, 2)}.items():
         for dim in dims:
             strided = arguments | {name: apart(arguments[name], dim)}
-            check_colstats(selection_ops, strided)
+            check_colstats(ops, strided)
 
 
 # ---- accumulation --------------------------------------------------------------------------------
@@ -297,14 +297,14 @@ def earlier(case, extra=0, seed=3):
 @kinds
 @reduces
 @pytest.mark.parametrize("decay", [1.0, 0.9, 0.0])
-def test_accumulate(selection_ops, kind, reduce, dtype, decay):
+def test_accumulate(ops, kind, reduce, dtype, decay):
     """Within each sequence; behind it nothing is touched."""
     case = attention_case(kind, **RAGGED, dtype=dtype)
     arguments = colstats_case(case, reduce=reduce)
-    new = colstats(selection_ops, arguments)
+    new = colstats(ops, arguments)
     for extra in 0, 5:
         old = earlier(case, extra)
-        actual = accumulated(selection_ops, arguments, old, decay)
+        actual = accumulated(ops, arguments, old, decay)
         faded, new_there = decay * old, torch.nn.functional.pad(new, (0, extra))
         expected = torch.maximum(faded, new_there) if reduce == "max" else faded + new_there
         rounding = 4 * torch.finfo(old.dtype).eps
@@ -312,21 +312,21 @@ def test_accumulate(selection_ops, kind, reduce, dtype, decay):
 
 
 @pytest.mark.parametrize("reduce", ["sum", "max"])
-def test_accumulate_against_the_reference(selection_ops, reduce):
+def test_accumulate_against_the_reference(ops, reduce):
     case = attention_case("paged", **RAGGED, key_bias=True)
     arguments = colstats_case(case, reduce=reduce)
     old = earlier(case)
     exact = reference.attention_colstats(**arrays(arguments | {"accumulate_into": old}), decay=0.7)
     baseline = accumulated(fallback, arguments, old, 0.7)
-    actual = accumulated(selection_ops, arguments, old, 0.7)
+    actual = accumulated(ops, arguments, old, 0.7)
     assert_accurate(actual, exact, baseline, dtype=torch.float32, slack=4)
 
 
-def test_the_version_of_what_is_accumulated_into_alone_is_bumped(selection_ops):
+def test_the_version_of_what_is_accumulated_into_alone_is_bumped(ops):
     case = attention_case("paged", **RAGGED)
     arguments = colstats_case(case) | {"accumulate_into": earlier(case)}
     versions = {n: t._version for n, t in arguments.items() if isinstance(t, torch.Tensor)}
-    selection_ops.attention_colstats(**arguments)
+    ops.attention_colstats(**arguments)
     assert [n for n, version in versions.items() if arguments[n]._version > version] == [
         "accumulate_into"
     ]
@@ -343,13 +343,13 @@ def test_saved_statistics_that_change_are_noticed():
 
 
 @pytest.mark.parametrize("name", ["accumulate_into", "q", "k_cache", "lse"])
-def test_accumulation_is_not_differentiable(selection_ops, name):
+def test_accumulation_is_not_differentiable(ops, name):
     case = attention_case("paged", **RAGGED)
     arguments = colstats_case(case) | {"accumulate_into": earlier(case)}
     arguments[name].requires_grad_()
-    check_refused(selection_ops, "attention_colstats", arguments, "not differentiable")
+    check_refused(ops, "attention_colstats", arguments, "not differentiable")
     with torch.no_grad():
-        selection_ops.attention_colstats(**arguments)
+        ops.attention_colstats(**arguments)
 
 
 def test_accumulation_in_inference_mode():
@@ -397,20 +397,20 @@ ERRORS = TABLE_ERRORS | QUERY_ERRORS | {
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_errors_name_the_argument_and_change_nothing(selection_ops, error):
+def test_errors_name_the_argument_and_change_nothing(ops, error):
     case = attention_case("paged", **RAGGED, key_bias=True)
     arguments = colstats_case(case) | {"accumulate_into": earlier(case)}
-    check_error(selection_ops, "attention_colstats", arguments, ERRORS[error])
+    check_error(ops, "attention_colstats", arguments, ERRORS[error])
 
 
-def test_errors_of_contiguous_caches(selection_ops):
+def test_errors_of_contiguous_caches(ops):
     arguments = colstats_case(attention_case("contiguous", [9, 4]))
     for names, changes in (
         ("seq_lens", {"seq_lens": arguments["seq_lens"] + 9}),
         ("seq_lens|k_cache", {"seq_lens": arguments["seq_lens"][:1]}),
         ("q|k_cache|cu_seqlens_q|lse", {"q": arguments["q"][:1]}),
     ):
-        check_refused(selection_ops, "attention_colstats", arguments | changes, names)
+        check_refused(ops, "attention_colstats", arguments | changes, names)
 
 
 @kinds

@@ -118,16 +118,16 @@ def searches(draw, **options):
 
 
 @at_random(data=st.data(), metric=st.sampled_from(["dot", "l2"]))
-def test_knn_of_integers_at_random(selection_ops, data, metric):
+def test_knn_of_integers_at_random(ops, data, metric):
     """Ties are everywhere."""
-    check_exact(selection_ops, data.draw(searches(integers=True, metric=metric)))
+    check_exact(ops, data.draw(searches(integers=True, metric=metric)))
 
 
 @at_random(data=st.data(), metric=st.sampled_from(METRICS))
-def test_knn_at_random(selection_ops, data, metric):
+def test_knn_at_random(ops, data, metric):
     """The very entries of the reference, but where rounding leaves a doubt about their order."""
     arguments = data.draw(searches(metric=metric))
-    values, indices = knn(selection_ops, arguments)
+    values, indices = knn(ops, arguments)
     exact_values, exact_indices = reference.knn_topk(**arrays(arguments))
     baseline = fallback.knn_topk(**arguments)[0]
     assert_accurate(values, exact_values, baseline, dtype=values.dtype, slack=ALONE)
@@ -137,19 +137,19 @@ def test_knn_at_random(selection_ops, data, metric):
 @metrics
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_queries", [1, 3, 70])
-def test_knn_of_large_banks(selection_ops, metric, dtype, num_queries):
+def test_knn_of_large_banks(ops, metric, dtype, num_queries):
     for size, k in (5000, 40), (1025, 1025):
         case = knn_case(num_queries, size, k, dtype=dtype, metric=metric, head_dim=24)
-        check_near(selection_ops, case)
+        check_near(ops, case)
 
 
 @pytest.mark.parametrize("metric", ["dot", "l2"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_queries", [1, 3, 70])
-def test_ties_of_large_banks_go_to_the_lower_index(selection_ops, metric, dtype, num_queries):
+def test_ties_of_large_banks_go_to_the_lower_index(ops, metric, dtype, num_queries):
     sizes = {"integers": True, "head_dim": 3, "metric": metric, "dtype": dtype}
     arguments = knn_case(num_queries, 5000, 100, **sizes)
-    values, indices = knn(selection_ops, arguments)
+    values, indices = knn(ops, arguments)
     scores, _ = exact_scores(arguments)
     best = scores.sort(dim=-1, descending=True, stable=True)
     assert_same_bits(indices, best.indices[..., :100])
@@ -172,7 +172,7 @@ def test_duplicates_are_equally_near(metric, dtype, num_queries):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_cosines_of_exact_norms_are_exact(selection_ops, dtype):
+def test_cosines_of_exact_norms_are_exact(ops, dtype):
     """Of 1, 4, 16 or 64 signs each: norms and similarities are powers of two, with many ties."""
     generator = torch.Generator().manual_seed(0)
 
@@ -184,27 +184,27 @@ def test_cosines_of_exact_norms_are_exact(selection_ops, dtype):
     q, bank = signs(7, 2), signs(2, 300)
     bank[:, ::11] = q[0, :, None] = 0
     arguments = {"q": q, "bank": bank, "valid_len": None, "k": 310, "metric": "cosine"}
-    values, indices = check_exact(selection_ops, arguments)
+    values, indices = check_exact(ops, arguments)
     assert not values[0, :, :300].any() and (indices[0, :, :300] == torch.arange(300)).all()
 
 
-def test_buckets_give_their_best_alone(selection_ops):
+def test_buckets_give_their_best_alone(ops):
     for size, buckets in (2000, 64), (70, 9), (5, 9):
         arguments = knn_case(3, size, 12, integers=True, buckets=buckets)
-        _, indices = check_exact(selection_ops, arguments)
+        _, indices = check_exact(ops, arguments)
         for row in indices.flatten(0, 1):
             found = row[row >= 0]
             assert len(found) == min(12, buckets, size)
             assert len((found % buckets).unique()) == len(found)
     as_many = knn_case(3, 70, 12, integers=True, buckets=70)
-    assert_same_bits(knn(selection_ops, as_many), knn(selection_ops, as_many | {"buckets": None}))
+    assert_same_bits(knn(ops, as_many), knn(ops, as_many | {"buckets": None}))
 
 
 @metrics
-def test_entries_behind_valid_len_never_count(selection_ops, metric):
+def test_entries_behind_valid_len_never_count(ops, metric):
     """They are NaN; a head with no entries finds nothing."""
     arguments = knn_case(3, 40, 9, heads=4, valid_len=[40, 0, 5, 9], metric=metric)
-    values, indices = knn(selection_ops, arguments)
+    values, indices = knn(ops, arguments)
     found = torch.tensor([9, 0, 5, 9])[:, None]
     assert ((indices >= 0) == (torch.arange(9) < found)).all()
     assert (indices < arguments["valid_len"][:, None]).all()
@@ -213,50 +213,50 @@ def test_entries_behind_valid_len_never_count(selection_ops, metric):
 
 
 @metrics
-def test_empty_searches(selection_ops, metric):
+def test_empty_searches(ops, metric):
     for num_queries, size, k in (0, 9, 3), (2, 9, 0), (2, 0, 3), (0, 0, 0):
         arguments = knn_case(num_queries, size, k, metric=metric)
-        _, indices = check_exact(selection_ops, arguments)
+        _, indices = check_exact(ops, arguments)
         assert (indices == -1).all()
 
 
 @metrics
 @pytest.mark.parametrize("num_queries", [1, 70])
-def test_nan_is_never_found(selection_ops, metric, num_queries):
+def test_nan_is_never_found(ops, metric, num_queries):
     arguments = knn_case(num_queries, 50, 60, metric=metric)
-    clean_values, clean = knn(selection_ops, arguments)
+    clean_values, clean = knn(ops, arguments)
     arguments["bank"][1, 7, 3] = torch.nan
-    values, indices = knn(selection_ops, arguments)
+    values, indices = knn(ops, arguments)
     assert_same_bits([values[:, 0], indices[:, 0]], [clean_values[:, 0], clean[:, 0]])
     without = clean[:, 1][clean[:, 1] != 7].view(num_queries, -1)
     assert_same_bits(indices[:, 1, :59], without)
     arguments["q"][0, 0] = torch.nan
-    values, indices = knn(selection_ops, arguments)
+    values, indices = knn(ops, arguments)
     assert (indices[0, 0] == -1).all()
     assert_same_bits(indices[1:, 0], clean[1:, 0])
 
 
 @metrics
-def test_infinite_entries_are_found_if_their_score_is_best(selection_ops, metric):
+def test_infinite_entries_are_found_if_their_score_is_best(ops, metric):
     """inf is the best product and the worst distance, which is never found."""
     arguments = knn_case(3, 40, 50, integers=True, metric=metric, heads=1)
     arguments["q"] = arguments["q"].abs() + 1
     arguments["bank"][0, 9] = torch.inf
     arguments["bank"][0, 12] = -torch.inf
     exact_values, exact = reference.knn_topk(**arrays(arguments))
-    values, indices = knn(selection_ops, arguments)
+    values, indices = knn(ops, arguments)
     np.testing.assert_array_equal((indices == 9).numpy(), exact == 9)
     assert not (indices == 12).any()
     np.testing.assert_allclose(values.numpy(), exact_values, rtol=1e-6)
 
 
 @metrics
-def test_an_entry_is_nearest_to_itself(selection_ops, metric):
+def test_an_entry_is_nearest_to_itself(ops, metric):
     """Where distances are differences of large numbers, none is negative."""
     arguments = knn_case(50, 50, 1, metric=metric, head_dim=64)
     arguments["bank"] = torch.nn.functional.normalize(arguments["bank"], dim=-1) * 100
     arguments["q"] = arguments["bank"].transpose(0, 1).contiguous()
-    values, indices = knn(selection_ops, arguments)
+    values, indices = knn(ops, arguments)
     assert (indices == torch.arange(50)[:, None, None]).all()
     if metric == "l2":
         assert (values >= 0).all() and (values <= 64 * 1e4 * torch.finfo(torch.float32).eps).all()
@@ -297,9 +297,9 @@ KNN_ERRORS = {
 
 
 @pytest.mark.parametrize("error", KNN_ERRORS)
-def test_knn_errors_name_the_argument_and_change_nothing(selection_ops, error):
+def test_knn_errors_name_the_argument_and_change_nothing(ops, error):
     arguments = knn_case(5, 40, 9) | {"metric": "dot"}
-    check_error(selection_ops, "knn_topk", arguments, KNN_ERRORS[error])
+    check_error(ops, "knn_topk", arguments, KNN_ERRORS[error])
 
 
 @pytest.mark.parametrize("options", [{"buckets": None}, {"valid_len": [9, 4], "buckets": 3}])
@@ -362,60 +362,60 @@ def indexer_cases(draw):
 
 
 @at_random(arguments=indexer_cases())
-def test_indexer_at_random(selection_ops, arguments):
-    check_indexer(selection_ops, arguments, slack=ALONE)
+def test_indexer_at_random(ops, arguments):
+    check_indexer(ops, arguments, slack=ALONE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 5), (3, 64), (64, 128), (5, 80), (2, 576)])
 @kinds
-def test_indexer_of_head_dims(selection_ops, kind, dtype, heads, head_dim):
+def test_indexer_of_head_dims(ops, kind, dtype, heads, head_dim):
     sizes = {"heads": heads, "head_dim": head_dim, "dtype": dtype}
-    check_indexer(selection_ops, sized_case(kind, [50, 18], [7, 1], **sizes))
+    check_indexer(ops, sized_case(kind, [50, 18], [7, 1], **sizes))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("lengths", "queries"), [([3000, 5, 0, 257], None), ([300, 330], [300, 70])]
 )
-def test_indexer_of_long_sequences(selection_ops, lengths, queries, dtype):
+def test_indexer_of_long_sequences(ops, lengths, queries, dtype):
     sizes = {"heads": 3, "head_dim": 16, "absent_pages": 0.1, "dtype": dtype}
-    check_indexer(selection_ops, indexer_case("paged", lengths, queries, **sizes))
+    check_indexer(ops, indexer_case("paged", lengths, queries, **sizes))
 
 
 @kinds
-def test_keys_that_a_query_does_not_see(selection_ops, kind):
+def test_keys_that_a_query_does_not_see(ops, kind):
     """Two queries stand before the sequence."""
     arguments = sized_case(kind, [3, 0], [5, 1])
-    seen = check_indexer(selection_ops, arguments)[:5] > -torch.inf
+    seen = check_indexer(ops, arguments)[:5] > -torch.inf
     assert seen.sum(-1).tolist() == [0, 0, 1, 2, 3]
-    seen = check_indexer(selection_ops, arguments | {"causal": False})[:5] > -torch.inf
+    seen = check_indexer(ops, arguments | {"causal": False})[:5] > -torch.inf
     assert seen.sum(-1).tolist() == [3] * 5
 
 
 @pytest.mark.parametrize("kind", ["paged", "contiguous"])
-def test_indexer_of_no_sequences(selection_ops, kind):
+def test_indexer_of_no_sequences(ops, kind):
     for queries in None, []:
-        scores = indexed(selection_ops, indexer_case(kind, [], queries))
+        scores = indexed(ops, indexer_case(kind, [], queries))
         assert scores.shape == (0, 16 if kind == "paged" else 3)
 
 
-def test_indexer_of_no_keys_and_of_no_queries(selection_ops):
-    assert indexed(selection_ops, indexer_case("alone", [0], [3])).shape == (3, 0)
-    assert indexed(selection_ops, indexer_case("alone", [9], [0])).shape == (0, 9)
+def test_indexer_of_no_keys_and_of_no_queries(ops):
+    assert indexed(ops, indexer_case("alone", [0], [3])).shape == (3, 0)
+    assert indexed(ops, indexer_case("alone", [9], [0])).shape == (0, 9)
 
 
-def test_keys_alone_are_one_contiguous_sequence(selection_ops):
+def test_keys_alone_are_one_contiguous_sequence(ops):
     arguments = indexer_case("alone", [40], [7])
     offsets = {"cu_seqlens_q": torch.tensor([0, 7]), "k": arguments["k"][None]}
-    expected = indexed(selection_ops, arguments | offsets)
-    assert_same_bits(indexed(selection_ops, arguments), expected)
+    expected = indexed(ops, arguments | offsets)
+    assert_same_bits(indexed(ops, arguments), expected)
 
 
 @kinds
 @pytest.mark.parametrize("name", ["q", "w", "k"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_nan_reaches_only_the_scores_that_use_it(selection_ops, kind, name, value):
+def test_nan_reaches_only_the_scores_that_use_it(ops, kind, name, value):
     """It is in query 3 or token 9 of the last sequence; relu lets it through."""
     if kind == "alone":
         arguments, first, token = indexer_case(kind, [16], [9]), 0, 9
@@ -423,10 +423,10 @@ def test_nan_reaches_only_the_scores_that_use_it(selection_ops, kind, name, valu
         arguments, first, token = indexer_case(kind, [8, 16], [2, 9], page_size=4), 2, (1, 9)
     if kind == "paged":
         token = arguments["page_table"][1, 2].item(), 1
-    clean = indexed(selection_ops, arguments)
+    clean = indexed(ops, arguments)
     place = token if name == "k" else (first + 3, 1)
     arguments[name] = put(arguments[name], place, value)
-    dirty = indexed(selection_ops, arguments)
+    dirty = indexed(ops, arguments)
     exact = torch.from_numpy(reference.indexer_scores(**arrays(arguments)))
     touched = torch.zeros_like(dirty, dtype=torch.bool)
     touched[(slice(first, None), 9) if name == "k" else first + 3] = True
@@ -457,19 +457,19 @@ INDEXER_ERRORS = TABLE_ERRORS | QUERY_ERRORS | {
 
 
 @pytest.mark.parametrize("error", INDEXER_ERRORS)
-def test_indexer_errors_name_the_argument_and_change_nothing(selection_ops, error):
+def test_indexer_errors_name_the_argument_and_change_nothing(ops, error):
     arguments = indexer_case("paged", **RAGGED)
-    check_error(selection_ops, "indexer_scores", arguments, INDEXER_ERRORS[error])
+    check_error(ops, "indexer_scores", arguments, INDEXER_ERRORS[error])
 
 
-def test_indexer_errors_of_contiguous_keys(selection_ops):
+def test_indexer_errors_of_contiguous_keys(ops):
     arguments = indexer_case("contiguous", [9, 4])
     for names, changes in (
         ("seq_lens", {"seq_lens": arguments["seq_lens"] + 9}),
         ("seq_lens|k", {"seq_lens": arguments["seq_lens"][:1]}),
         ("q|k|cu_seqlens_q", {"q": arguments["q"][:1], "w": arguments["w"][:1]}),
     ):
-        check_refused(selection_ops, "indexer_scores", arguments | changes, names)
+        check_refused(ops, "indexer_scores", arguments | changes, names)
 
 
 # ---- backward ------------------------------------------------------------------------------------
@@ -515,11 +515,11 @@ TINY = {"heads": 2, "head_dim": 3, "page_size": 3, "dtype": torch.float64}
 
 @kinds
 @pytest.mark.parametrize("causal", [True, False])
-def test_gradcheck(selection_ops, kind, causal):
+def test_gradcheck(ops, kind, causal):
     arguments = sized_case(kind, [4, 0, 2], [2, 1, 3], causal=causal, **TINY)
 
     def visible_scores(q, w, k):
-        scores = selection_ops.indexer_scores(**arguments | {"q": q, "w": w, "k": k})
+        scores = ops.indexer_scores(**arguments | {"q": q, "w": w, "k": k})
         return scores.masked_fill(scores == -torch.inf, 0)  # -inf has no finite difference
 
     leaves = [arguments[name].requires_grad_() for name in NAMES]
@@ -527,10 +527,10 @@ def test_gradcheck(selection_ops, kind, causal):
 
 
 @kinds
-def test_hidden_keys_and_empty_rows_get_zero(selection_ops, kind):
+def test_hidden_keys_and_empty_rows_get_zero(ops, kind):
     arguments = sized_case(kind, [3, 9, 0], [5, 4, 2], page_size=4)
     unseen = arguments["k"].isnan()
-    grads = gradients(selection_ops.indexer_scores, arguments)
+    grads = gradients(ops.indexer_scores, arguments)
     for name in "q", "w":
         assert not grads[name][:2].any()
     assert not grads["k"][unseen].any()
@@ -538,27 +538,27 @@ def test_hidden_keys_and_empty_rows_get_zero(selection_ops, kind):
         assert grad.isfinite().all() and grad.any(), name
 
 
-def test_relu_has_gradient_zero_at_zero(selection_ops):
+def test_relu_has_gradient_zero_at_zero(ops):
     """As torch has it."""
     q, k = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[0.0, 5.0]])
     arguments = {"q": q, "w": torch.ones(1, 1), "k": k}
-    for grad in gradients(selection_ops.indexer_scores, arguments).values():
+    for grad in gradients(ops.indexer_scores, arguments).values():
         assert not grad.any()
 
 
-def test_gradients_of_shared_pages_add_up(selection_ops):
+def test_gradients_of_shared_pages_add_up(ops):
     """Three sequences with the same two pages: the gradient is the sum of the three."""
     arguments = indexer_case("paged", [20, 20, 20], [2, 1, 3], dtype=torch.float64)
     table = arguments["page_table"][:1].expand(3, -1)
     arguments |= {"page_table": table, "seq_lens": torch.tensor([20, 20, 17]).int()}
     arguments["k"] = arguments["k"].nan_to_num()
     leaf = arguments["k"].clone().requires_grad_()
-    together = selection_ops.indexer_scores(**arguments | {"k": leaf})
+    together = ops.indexer_scores(**arguments | {"k": leaf})
     weights = upstream(together)
     (grad,) = torch.autograd.grad(together, leaf, weights)
     total = torch.zeros_like(grad)
     for b, rows in enumerate((slice(0, 2), slice(2, 3), slice(3, 6))):
-        alone = selection_ops.indexer_scores(**of_sequence(arguments | {"k": leaf}, b))
+        alone = ops.indexer_scores(**of_sequence(arguments | {"k": leaf}, b))
         total += torch.autograd.grad(alone, leaf, weights[rows])[0]
     torch.testing.assert_close(grad, total)
 
@@ -601,10 +601,10 @@ def test_nan_reaches_the_gradients_that_use_it():
     assert grads["w"][1].isnan().all() and grads["k"].isnan().all()
 
 
-def test_strided_gradient_of_scores(selection_ops):
+def test_strided_gradient_of_scores(ops):
     arguments = indexer_case("alone", [9], [4])
     q = arguments["q"].requires_grad_()
-    scores = selection_ops.indexer_scores(**arguments | {"causal": False})
+    scores = ops.indexer_scores(**arguments | {"causal": False})
     weights = torch.randn(4, 18)[:, ::2]
     strided = torch.autograd.grad(scores, q, weights, retain_graph=True)
     contiguous = torch.autograd.grad(scores, q, weights.contiguous(), retain_graph=True)
@@ -614,16 +614,16 @@ def test_strided_gradient_of_scores(selection_ops):
 
 
 @kinds
-def test_gradients_of_strided_inputs(selection_ops, kind):
+def test_gradients_of_strided_inputs(ops, kind):
     arguments = sized_case(kind, **RAGGED)
-    expected = gradients(selection_ops.indexer_scores, arguments)
+    expected = gradients(ops.indexer_scores, arguments)
     strided = arguments | {name: apart(arguments[name], 0) for name in NAMES}
-    torch.testing.assert_close(gradients(selection_ops.indexer_scores, strided), expected)
+    torch.testing.assert_close(gradients(ops.indexer_scores, strided), expected)
 
 
 @pytest.mark.parametrize("kind", ["paged", "contiguous"])
-def test_gradient_of_no_sequences(selection_ops, kind):
-    grads = gradients(selection_ops.indexer_scores, indexer_case(kind, [], []), ["q"])
+def test_gradient_of_no_sequences(ops, kind):
+    grads = gradients(ops.indexer_scores, indexer_case(kind, [], []), ["q"])
     assert grads["q"].shape == (0, 4, 64)
 
 

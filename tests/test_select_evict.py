@@ -74,10 +74,10 @@ def kinds_of_rows(n, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 63, 64, 65, 1000, 8192])
-def test_select(selection_ops, n, dtype):
+def test_select(ops, n, dtype):
     rows = kinds_of_rows(n, dtype)
     for k in sorted({0, 1, 2, max(n - 1, 0), n, n + 5, 2048}):
-        check_selected(selection_ops, rows, k)
+        check_selected(ops, rows, k)
 
 
 @pytest.mark.parametrize(
@@ -85,28 +85,28 @@ def test_select(selection_ops, n, dtype):
     [(torch.float32, k) for k in (1, 2048, 99_999)]
     + [pytest.param(d, k, marks=pytest.mark.full) for d in DTYPES for k in (2, 100_000, 100_005)],
 )
-def test_select_from_many(selection_ops, dtype, k):
-    check_selected(selection_ops, kinds_of_rows(100_000, dtype), k)
+def test_select_from_many(ops, dtype, k):
+    check_selected(ops, kinds_of_rows(100_000, dtype), k)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 9, 300])
-def test_kept_ranges_win_whatever_their_scores(selection_ops, n, dtype):
+def test_kept_ranges_win_whatever_their_scores(ops, n, dtype):
     """Even where they overlap or are longer than the row."""
     rows = kinds_of_rows(n, dtype)
     for keep_first, keep_last, extra in itertools.product((0, 1, n + 2), (0, 5, n), (0, 3)):
         k = keep_first + keep_last + extra
-        check_selected(selection_ops, rows, k, None, keep_first, keep_last)
+        check_selected(ops, rows, k, None, keep_first, keep_last)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threshold", [-torch.inf, -1.0, 0.0, 1.5, torch.inf])
-def test_scores_below_the_threshold_are_not_selected(selection_ops, dtype, threshold):
+def test_scores_below_the_threshold_are_not_selected(ops, dtype, threshold):
     """But those of kept ranges are."""
     for n, k in (9, 4), (65, 65), (1000, 1200):
         rows = kinds_of_rows(n, dtype)
-        check_selected(selection_ops, rows, k, threshold=threshold)
-        check_selected(selection_ops, rows, k, None, 2, 1, threshold=threshold)
+        check_selected(ops, rows, k, threshold=threshold)
+        check_selected(ops, rows, k, None, 2, 1, threshold=threshold)
 
 
 @st.composite
@@ -138,34 +138,34 @@ def selections(draw):
 
 
 @at_random(arguments=selections())
-def test_select_at_random(selection_ops, arguments):
-    check_selected(selection_ops, **arguments)
+def test_select_at_random(ops, arguments):
+    check_selected(ops, **arguments)
 
 
-def test_select_from_strided_and_expanded_scores(selection_ops):
+def test_select_from_strided_and_expanded_scores(ops):
     scores = torch.randn(3, 4, 70)
-    check_selected(selection_ops, scores.transpose(0, 1), 9)
+    check_selected(ops, scores.transpose(0, 1), 9)
     for dim in range(2):
-        check_selected(selection_ops, apart(scores, dim), 9)
-        check_selected(selection_ops, scores.narrow(dim, 0, 1).expand_as(scores), 3)
+        check_selected(ops, apart(scores, dim), 9)
+        check_selected(ops, scores.narrow(dim, 0, 1).expand_as(scores), 3)
 
 
-def test_lengths_cut_rows(selection_ops):
+def test_lengths_cut_rows(ops):
     """Per sequence, for all its heads; behind them NaN and inf mean nothing."""
     scores = torch.randn(4, 2, 30)
     lengths = torch.tensor([30, 0, 7, 1])[:, None]
     for behind in torch.nan, torch.inf:
         scores[torch.arange(30).expand_as(scores) >= lengths[..., None]] = behind
         for keep in 0, 3:
-            check_selected(selection_ops, scores, 9, lengths, keep, keep)
+            check_selected(ops, scores, 9, lengths, keep, keep)
 
 
-def test_scores_of_training_are_selected_from(selection_ops):
+def test_scores_of_training_are_selected_from(ops):
     """Indices carry no gradient, so there is nothing to refuse."""
     scores = torch.randn(3, 20, requires_grad=True)
-    selected = selection_ops.select_topk(scores, 4)
+    selected = ops.select_topk(scores, 4)
     assert not selected.requires_grad
-    assert_same_bits(selected, selection_ops.select_topk(scores.detach(), 4))
+    assert_same_bits(selected, ops.select_topk(scores.detach(), 4))
 
 
 SELECT_ERRORS = {
@@ -185,9 +185,9 @@ SELECT_ERRORS = {
 
 
 @pytest.mark.parametrize("error", SELECT_ERRORS)
-def test_select_errors_name_the_argument_and_change_nothing(selection_ops, error):
+def test_select_errors_name_the_argument_and_change_nothing(ops, error):
     arguments = {"scores": torch.randn(2, 3, 20), "k": 4, "lengths": torch.tensor([[9], [20]])}
-    check_error(selection_ops, "select_topk", arguments, SELECT_ERRORS[error])
+    check_error(ops, "select_topk", arguments, SELECT_ERRORS[error])
 
 
 # ---- evict ---------------------------------------------------------------------------------------
@@ -252,23 +252,23 @@ def num_protected(arguments):
 
 
 @at_random(arguments=evictions())
-def test_evict_at_random(selection_ops, arguments):
-    check_evicted(selection_ops, arguments)
+def test_evict_at_random(ops, arguments):
+    check_evicted(ops, arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group", ["head", "sequence"])
-def test_evict_of_many(selection_ops, dtype, group):
+def test_evict_of_many(ops, dtype, group):
     options = {"keep_first": 4, "keep_last": 64, "group": group, "dtype": dtype}
-    check_evicted(selection_ops, evict_case([5000, 0, 400, 513, 512], 512, levels=60, **options))
+    check_evicted(ops, evict_case([5000, 0, 400, 513, 512], 512, levels=60, **options))
 
 
-def test_evict_never_drops_what_is_protected(selection_ops):
+def test_evict_never_drops_what_is_protected(ops):
     arguments = evict_case([40, 9, 4], 8, keep_first=2, keep_last=3)
     pinned = torch.zeros(3, 2, 43, dtype=torch.bool)
     pinned[0, 0, [7, 8, 42]] = pinned[0, 1, 20] = True  # 42 is behind the end
     arguments["stats"][pinned] = torch.nan
-    keep = check_evicted(selection_ops, arguments | {"pinned": pinned})
+    keep = check_evicted(ops, arguments | {"pinned": pinned})
     assert {0, 1, 7, 8, 37, 38, 39} < set(keep[0, 0].tolist())
     assert {0, 1, 20, 37, 38, 39} < set(keep[0, 1].tolist())
     assert {0, 1, 6, 7, 8} < set(keep[1, 0].tolist())
@@ -276,52 +276,52 @@ def test_evict_never_drops_what_is_protected(selection_ops):
 
 
 @pytest.mark.parametrize("group", ["head", "sequence"])
-def test_a_budget_beyond_the_length_keeps_everything(selection_ops, group):
+def test_a_budget_beyond_the_length_keeps_everything(ops, group):
     """Even if more than the budget would be protected of a longer sequence."""
     ranges = {"keep_first": 30, "keep_last": 30, "pinned": torch.ones(12).bool()}
     for budget in 9, 30, [9, 0, 5]:
         arguments = evict_case([9, 0, 5], budget, group=group, **ranges)
-        keep = check_evicted(selection_ops, arguments)
+        keep = check_evicted(ops, arguments)
         every = torch.arange(keep.shape[-1])
         every = every.where(every < arguments["seq_lens"][:, None, None], -1)
         assert_same_bits(keep, every.int().expand_as(keep).contiguous())
 
 
-def test_nan_ranks_below_minus_infinity_and_both_are_kept_at_need(selection_ops):
+def test_nan_ranks_below_minus_infinity_and_both_are_kept_at_need(ops):
     stats = torch.tensor([torch.nan, -torch.inf, -2.0, torch.nan, 1.0, -torch.inf]).expand(1, 1, 6)
     arguments = {"stats": stats, "seq_lens": torch.tensor([6])}
     for budget, expected in enumerate([[], [4], [2, 4], [1, 2, 4], [1, 2, 4, 5], [0, 1, 2, 4, 5]]):
-        keep = check_evicted(selection_ops, arguments | {"budget": budget})
+        keep = check_evicted(ops, arguments | {"budget": budget})
         assert keep.tolist() == [[expected]]
 
 
-def test_evict_from_strided_statistics(selection_ops):
+def test_evict_from_strided_statistics(ops):
     arguments = evict_case([40, 0, 33], 8)
     for dim in range(3):
-        check_evicted(selection_ops, arguments | {"stats": apart(arguments["stats"], dim)})
+        check_evicted(ops, arguments | {"stats": apart(arguments["stats"], dim)})
 
 
-def test_evict_of_no_sequences_and_of_no_tokens(selection_ops):
-    assert check_evicted(selection_ops, evict_case([], 4)).shape == (0, 2, 4)
-    assert check_evicted(selection_ops, evict_case([], [], max_budget=4)).shape == (0, 2, 4)
+def test_evict_of_no_sequences_and_of_no_tokens(ops):
+    assert check_evicted(ops, evict_case([], 4)).shape == (0, 2, 4)
+    assert check_evicted(ops, evict_case([], [], max_budget=4)).shape == (0, 2, 4)
     nothing = {"stats": torch.empty(2, 3, 0), "seq_lens": torch.zeros(2).int(), "budget": 2}
-    assert (check_evicted(selection_ops, nothing) == -1).all()
+    assert (check_evicted(ops, nothing) == -1).all()
 
 
-def test_statistics_of_training_are_evicted_by(selection_ops):
+def test_statistics_of_training_are_evicted_by(ops):
     arguments = evict_case([40, 9], 4)
-    expected = outcome(selection_ops, "evict", arguments)
+    expected = outcome(ops, "evict", arguments)
     arguments["stats"].requires_grad_()
-    assert_same_bits(outcome(selection_ops, "evict", arguments), expected)
+    assert_same_bits(outcome(ops, "evict", arguments), expected)
 
 
 @pytest.mark.parametrize("group", ["head", "sequence"])
-def test_attend_forget_and_attend_again(selection_ops, group):
+def test_attend_forget_and_attend_again(ops, group):
     """Attention over what eviction has kept is attention over the whole with the rest masked."""
     case = attention_case("paged", [50, 7, 0], causal=False, dtype=torch.float64)
-    stats = selection_ops.attention_colstats(**colstats_case(case))
+    stats = ops.attention_colstats(**colstats_case(case))
     ranges = {"keep_first": 2, "keep_last": 3}
-    keep = selection_ops.evict(stats, case.seq_lens, 9, group=group, **ranges)
+    keep = ops.evict(stats, case.seq_lens, 9, group=group, **ranges)
     bias = torch.full(case.k_cache.shape[:-1], -torch.inf, dtype=torch.float64)
     for b, head in itertools.product(range(3), range(2)):
         j = keep[b, head if group == "head" else 0].long()
@@ -335,7 +335,7 @@ def test_attend_forget_and_attend_again(selection_ops, group):
     torch.testing.assert_close(actual, expected)
 
 
-def test_a_cache_takes_what_eviction_keeps(selection_ops):
+def test_a_cache_takes_what_eviction_keeps(ops):
     cache = PagedKVCache(1, 20, 4, 2, 8, max_seqs=3)
     ids = cache.allocate(2)
     step = cache.extend(ids, [30, 5])
@@ -343,8 +343,8 @@ def test_a_cache_takes_what_eviction_keeps(selection_ops):
     cache.append(0, k, k, step)
     _, lse = cache.attend(0, q, step, return_lse=True)
     lists = step.page_table, step.seq_lens, step.cu_seqlens_q
-    stats = selection_ops.attention_colstats(q, cache.k[0], *lists, lse)
-    keep = selection_ops.evict(stats, step.seq_lens, 12, keep_first=1, keep_last=4)
+    stats = ops.attention_colstats(q, cache.k[0], *lists, lse)
+    keep = ops.evict(stats, step.seq_lens, 12, keep_first=1, keep_last=4)
     cache.compact(ids, keep)
     assert [cache.length(seq_id) for seq_id in ids] == [12, 5]
     rows = torch.arange(12)
@@ -388,6 +388,6 @@ EVICT_ERRORS = {
 
 
 @pytest.mark.parametrize("error", EVICT_ERRORS)
-def test_evict_errors_name_the_argument_and_change_nothing(selection_ops, error):
+def test_evict_errors_name_the_argument_and_change_nothing(ops, error):
     arguments = evict_case([40, 9], 8, keep_first=2, keep_last=3)
-    check_error(selection_ops, "evict", arguments, EVICT_ERRORS[error])
+    check_error(ops, "evict", arguments, EVICT_ERRORS[error])

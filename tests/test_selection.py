@@ -100,62 +100,62 @@ def check_summary(ops, case, kind):
 
 
 @at_random(sizes=attention_sizes(), kind=st.sampled_from(KINDS), shared=st.booleans())
-def test_summaries_at_random(selection_ops, sizes, kind, shared):
+def test_summaries_at_random(ops, sizes, kind, shared):
     """Shared pages count as far as the longest sequence fills them, or NaN would be missing."""
     case = attention_case("paged", **sizes)
-    check_summary(selection_ops, share_pages(case, sizes["seed"]) if shared else case, kind)
+    check_summary(ops, share_pages(case, sizes["seed"]) if shared else case, kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [5, 64, 128, 576])
 @kinds
-def test_summaries_of_head_dims(selection_ops, kind, dtype, head_dim):
+def test_summaries_of_head_dims(ops, kind, dtype, head_dim):
     sizes = {"head_dims": (head_dim, 1), "layout": "HND", "dtype": dtype}
-    check_summary(selection_ops, attention_case("paged", [50, 18, 0, 129], **sizes), kind)
+    check_summary(ops, attention_case("paged", [50, 18, 0, 129], **sizes), kind)
 
 
 @kinds
-def test_summaries_of_many_pages(selection_ops, kind):
-    check_summary(selection_ops, attention_case("paged", [9000, 5, 4000], head_dims=(8, 1)), kind)
+def test_summaries_of_many_pages(ops, kind):
+    check_summary(ops, attention_case("paged", [9000, 5, 4000], head_dims=(8, 1)), kind)
 
 
-def test_a_page_counts_as_far_as_its_longest_sequence_fills_it(selection_ops):
+def test_a_page_counts_as_far_as_its_longest_sequence_fills_it(ops):
     """The two sequences have the same three pages, of which the shorter fills one and a half."""
     case = attention_case("paged", [40])
-    expected = check_summary(selection_ops, case, "minmax")
+    expected = check_summary(ops, case, "minmax")
     table = case.page_table.expand(2, -1)
     shared = case.replace(page_table=table, seq_lens=torch.tensor([24, 40]))
-    assert_same_bits(check_summary(selection_ops, shared, "minmax"), expected)
+    assert_same_bits(check_summary(ops, shared, "minmax"), expected)
 
 
 @kinds
-def test_pages_of_no_sequence_have_summary_zero(selection_ops, kind):
+def test_pages_of_no_sequence_have_summary_zero(ops, kind):
     case = attention_case("paged", [40, 0, 7], absent_pages=0.3)
-    summary = outcome(selection_ops, "summarize_keys", keys_of(case, kind))
+    summary = outcome(ops, "summarize_keys", keys_of(case, kind))
     assert not summary[~used_pages(case)].any()
     nobody = case.replace(seq_lens=torch.zeros_like(case.seq_lens))
-    assert not outcome(selection_ops, "summarize_keys", keys_of(nobody, kind)).any()
+    assert not outcome(ops, "summarize_keys", keys_of(nobody, kind)).any()
 
 
 @kinds
-def test_summaries_of_no_sequences_and_of_no_pages(selection_ops, kind):
+def test_summaries_of_no_sequences_and_of_no_pages(ops, kind):
     case = attention_case("paged", [], head_dims=(8, 8))
-    summary = check_summary(selection_ops, case, kind)
+    summary = check_summary(ops, case, kind)
     shape = (2, 2, 2, 8) if kind == "minmax" else (2, 2, 8)
     assert summary.shape == shape and not summary.any()
-    summary = check_summary(selection_ops, case.replace(k_cache=case.k_cache[:0]), kind)
+    summary = check_summary(ops, case.replace(k_cache=case.k_cache[:0]), kind)
     assert summary.shape == (0, *shape[1:])
 
 
 @kinds
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_nan_of_a_key_reaches_only_its_page_head_and_channel(selection_ops, kind, value):
+def test_nan_of_a_key_reaches_only_its_page_head_and_channel(ops, kind, value):
     case = attention_case("paged", [40, 20])
-    clean = check_summary(selection_ops, case, kind)
+    clean = check_summary(ops, case, kind)
     page = case.page_table[0, 1].item()
     for offset in range(16):
         dirty = case.replace(k_cache=put(case.k_cache, (page, offset, 1, 3), value))
-        summary = check_summary(selection_ops, dirty, kind)
+        summary = check_summary(ops, dirty, kind)
         if value != value:
             assert summary[page, 1, ..., 3].isnan().all()
         summary[page, 1, ..., 3] = clean[page, 1, ..., 3]
@@ -163,10 +163,10 @@ def test_nan_of_a_key_reaches_only_its_page_head_and_channel(selection_ops, kind
 
 
 @pytest.mark.parametrize("dim", range(3))
-def test_summaries_of_strided_caches(selection_ops, dim):
+def test_summaries_of_strided_caches(ops, dim):
     case = attention_case("paged", RAGGED["lengths"])
     strided = {"k_cache": apart(case.k_cache, dim), "page_table": apart(case.page_table, 1)}
-    check_summary(selection_ops, case.replace(**strided), "minmax")
+    check_summary(ops, case.replace(**strided), "minmax")
 
 
 def test_lengths_near_the_largest_integer_are_refused():
@@ -201,9 +201,9 @@ SUMMARY_ERRORS = TABLE_ERRORS | {
 
 
 @pytest.mark.parametrize("error", SUMMARY_ERRORS)
-def test_summary_errors_name_the_argument_and_change_nothing(selection_ops, error):
+def test_summary_errors_name_the_argument_and_change_nothing(ops, error):
     arguments = keys_of(attention_case("paged", RAGGED["lengths"]))
-    check_error(selection_ops, "summarize_keys", arguments, SUMMARY_ERRORS[error])
+    check_error(ops, "summarize_keys", arguments, SUMMARY_ERRORS[error])
 
 
 # ---- update_summaries ----------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def check_update(ops, case, num_new, kind):
 @at_random(
     data=st.data(), sizes=attention_sizes(), kind=st.sampled_from(KINDS), shared=st.booleans()
 )
-def test_updates_at_random(selection_ops, data, sizes, kind, shared):
+def test_updates_at_random(ops, data, sizes, kind, shared):
     """Pages with new tokens get the bits of `summarize_keys`, the others keep theirs."""
     case = attention_case("paged", **sizes)
     if shared:
@@ -254,20 +254,20 @@ def test_updates_at_random(selection_ops, data, sizes, kind, shared):
             [data.draw(counts) for _ in sizes["lengths"]],
             dtype=data.draw(st.sampled_from(INDEX_DTYPES)),
         )
-    check_update(selection_ops, case, num_new, kind)
+    check_update(ops, case, num_new, kind)
 
 
 @kinds
-def test_one_new_token_is_the_default(selection_ops, kind):
+def test_one_new_token_is_the_default(ops, kind):
     case = attention_case("paged", [17, 16, 0])
     arguments = update_case(case, 1, kind)
-    expected = outcome(selection_ops, "update_summaries", arguments)
+    expected = outcome(ops, "update_summaries", arguments)
     del arguments["num_new"]
-    assert_same_bits(outcome(selection_ops, "update_summaries", arguments), expected)
+    assert_same_bits(outcome(ops, "update_summaries", arguments), expected)
 
 
 @at_random(data=st.data(), kind=st.sampled_from(KINDS))
-def test_updating_is_rebuilding_as_a_cache_lives(selection_ops, data, kind):
+def test_updating_is_rebuilding_as_a_cache_lives(ops, data, kind):
     """Appended to, forked with copy-on-write, freed, and its pages used again."""
     cache = PagedKVCache(
         *(1, 64, data.draw(st.sampled_from([1, 3, 4])), 2, 5),
@@ -277,7 +277,7 @@ def test_updating_is_rebuilding_as_a_cache_lives(selection_ops, data, kind):
     cache.k.fill_(torch.nan)
     tables = {"page_table": cache.page_table, "seq_lens": cache.seq_lens}
     pages = SimpleNamespace(k_cache=cache.k[0], **tables)
-    summary = selection_ops.summarize_keys(**keys_of(pages, kind))
+    summary = ops.summarize_keys(**keys_of(pages, kind))
     ids = cache.allocate(1)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
     for event in data.draw(st.lists(st.sampled_from(["extend", "extend", "fork", "free"]))):
@@ -291,25 +291,25 @@ def test_updating_is_rebuilding_as_a_cache_lives(selection_ops, data, kind):
             step = cache.extend(growing, counts)
             k = torch.randn(sum(counts), 2, 5, generator=generator)
             cache.append(0, k, k, step)
-            selection_ops.update_summaries(
+            ops.update_summaries(
                 summary, cache.k[0], step.page_table, step.seq_lens, torch.tensor(counts).long()
             )
-        rebuilt = selection_ops.summarize_keys(**keys_of(pages, kind))
+        rebuilt = ops.summarize_keys(**keys_of(pages, kind))
         used = used_pages(pages)
         assert_same_bits(summary[used], rebuilt[used])
 
 
 @kinds
-def test_updating_is_rebuilding_after_compaction(selection_ops, kind):
+def test_updating_is_rebuilding_after_compaction(ops, kind):
     """All that is left is new: more new tokens than tokens are fine."""
     case = attention_case("paged", [40, 9])
-    summary = outcome(selection_ops, "summarize_keys", keys_of(case, kind))
+    summary = outcome(ops, "summarize_keys", keys_of(case, kind))
     keep = torch.tensor([0, 3, 4, 7, 8]).expand(2, 2, -1)
     lens = memkernels.compact_kv(case.k_cache, case.v_cache, case.page_table, case.seq_lens, keep)
     case = case.replace(seq_lens=lens)
-    selection_ops.update_summaries(summary, case.k_cache, case.page_table, lens, num_new=40)
+    ops.update_summaries(summary, case.k_cache, case.page_table, lens, num_new=40)
     used = used_pages(case)
-    rebuilt = outcome(selection_ops, "summarize_keys", keys_of(case, kind))
+    rebuilt = outcome(ops, "summarize_keys", keys_of(case, kind))
     assert_same_bits(summary[used], rebuilt[used])
 
 
@@ -331,30 +331,30 @@ UPDATE_ERRORS = TABLE_ERRORS | {
 
 
 @pytest.mark.parametrize("error", UPDATE_ERRORS)
-def test_update_errors_name_the_argument_and_change_nothing(selection_ops, error):
+def test_update_errors_name_the_argument_and_change_nothing(ops, error):
     arguments = update_case(attention_case("paged", RAGGED["lengths"]), 3)
-    check_error(selection_ops, "update_summaries", arguments, UPDATE_ERRORS[error])
+    check_error(ops, "update_summaries", arguments, UPDATE_ERRORS[error])
 
 
 @kinds
 @pytest.mark.parametrize("dim", range(3))
-def test_strided_summaries_are_updated_or_refused_by_name(selection_ops, kind, dim):
+def test_strided_summaries_are_updated_or_refused_by_name(ops, kind, dim):
     arguments = update_case(attention_case("paged", RAGGED["lengths"]), 3, kind)
-    expected = outcome(selection_ops, "update_summaries", arguments)
+    expected = outcome(ops, "update_summaries", arguments)
     strided = arguments | {"summary": apart(arguments["summary"], dim)}
     try:
-        selection_ops.update_summaries(**strided)
+        ops.update_summaries(**strided)
     except RuntimeError as error:
         assert "update_summaries: summary" in str(error)
         expected = arguments["summary"]
     assert_same_bits(strided["summary"], expected)
 
 
-def test_the_version_of_the_summary_alone_is_bumped(selection_ops):
+def test_the_version_of_the_summary_alone_is_bumped(ops):
     for num_new in 3, torch.tensor([1, 0, 2, 0, 3]):
         arguments = update_case(attention_case("paged", RAGGED["lengths"]), num_new)
         versions = {name: t._version for name, t in tensors(arguments).items()}
-        selection_ops.update_summaries(**arguments)
+        ops.update_summaries(**arguments)
         changed = [n for n, t in tensors(arguments).items() if t._version > versions[n]]
         assert changed == ["summary"]
 
@@ -392,10 +392,10 @@ def check_scores(ops, arguments, slack=4):
     causal=st.booleans(),
     scale=st.sampled_from([None, 0.3, -2.0]),
 )
-def test_scores_at_random(selection_ops, sizes, kind, means, shared, **options):
+def test_scores_at_random(ops, sizes, kind, means, shared, **options):
     summary_dtype = sizes["dtype"] if means == "as q" else None
     options |= {"summary_dtype": summary_dtype, "shared_pages": shared}
-    check_scores(selection_ops, score_case(kind, **sizes, **options), slack=ALONE)
+    check_scores(ops, score_case(kind, **sizes, **options), slack=ALONE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -403,17 +403,17 @@ def test_scores_at_random(selection_ops, sizes, kind, means, shared, **options):
     ("heads", "head_dim"), [((5, 1), 5), ((8, 2), 64), ((1, 1), 80), ((32, 1), 128), ((16, 1), 576)]
 )
 @kinds
-def test_scores_of_head_dims(selection_ops, kind, dtype, heads, head_dim):
+def test_scores_of_head_dims(ops, kind, dtype, heads, head_dim):
     sizes = {"heads": heads, "head_dims": (head_dim, 1), "dtype": dtype}
-    check_scores(selection_ops, score_case(kind, [50, 18], [1, 5], **sizes))
+    check_scores(ops, score_case(kind, [50, 18], [1, 5], **sizes))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [{"lengths": [9000, 5, 0, 700]}, {"lengths": [290, 330],
                                    "queries": [290, 70], "heads": (2, 1)}])  # fmt: skip
 @kinds
-def test_scores_of_many_pages_and_of_many_queries(selection_ops, kind, dtype, sizes):
-    check_scores(selection_ops, score_case(kind, **sizes, dtype=dtype, absent_pages=0.1))
+def test_scores_of_many_pages_and_of_many_queries(ops, kind, dtype, sizes):
+    check_scores(ops, score_case(kind, **sizes, dtype=dtype, absent_pages=0.1))
 
 
 def logical_keys(case, b):
@@ -445,49 +445,49 @@ def check_bound(ops, case):
 
 
 @at_random(sizes=attention_sizes())
-def test_no_logit_exceeds_the_score_of_its_page(selection_ops, sizes):
+def test_no_logit_exceeds_the_score_of_its_page(ops, sizes):
     """And if a page holds one token, its score is the logit."""
-    check_bound(selection_ops, attention_case("paged", **sizes))
+    check_bound(ops, attention_case("paged", **sizes))
 
 
-def test_no_logit_of_a_long_sequence_exceeds_the_score_of_its_page(selection_ops):
+def test_no_logit_of_a_long_sequence_exceeds_the_score_of_its_page(ops):
     for dtype in DTYPES:
-        check_bound(selection_ops, attention_case("paged", [1500, 40], [3, 40], dtype=dtype))
+        check_bound(ops, attention_case("paged", [1500, 40], [3, 40], dtype=dtype))
 
 
-def test_keys_after_the_query_hide_their_pages(selection_ops):
+def test_keys_after_the_query_hide_their_pages(ops):
     """Of pages of 4 tokens, queries at 2 to 9 see one to three, and at -3 to -1 none."""
     arguments = score_case("minmax", [10, 2], [8, 5], page_size=4)
-    visible = (check_scores(selection_ops, arguments) > -torch.inf).sum(-1)[:, 0]
+    visible = (check_scores(ops, arguments) > -torch.inf).sum(-1)[:, 0]
     assert visible.tolist() == [1, 1, 2, 2, 2, 2, 3, 3, 0, 0, 0, 1, 1]
     arguments["causal"] = False
-    visible = (check_scores(selection_ops, arguments) > -torch.inf).sum(-1)[:, 0]
+    visible = (check_scores(ops, arguments) > -torch.inf).sum(-1)[:, 0]
     assert visible.tolist() == [3] * 8 + [1] * 5
 
 
 @kinds
-def test_scores_of_no_sequences_of_no_tokens_and_of_no_pages(selection_ops, kind):
+def test_scores_of_no_sequences_of_no_tokens_and_of_no_pages(ops, kind):
     for queries in None, []:
-        assert check_scores(selection_ops, score_case(kind, [], queries)).shape == (0, 2, 1)
+        assert check_scores(ops, score_case(kind, [], queries)).shape == (0, 2, 1)
     arguments = score_case(kind, [0, 0], [2, 1])
-    assert (check_scores(selection_ops, arguments) == -torch.inf).all()
+    assert (check_scores(ops, arguments) == -torch.inf).all()
     arguments |= {"summary": arguments["summary"][:0], "page_table": torch.empty(2, 0).int()}
-    assert check_scores(selection_ops, arguments).shape == (3, 2, 0)
+    assert check_scores(ops, arguments).shape == (3, 2, 0)
 
 
 @kinds
 @pytest.mark.parametrize("name", ["q", "summary"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("group_reduce", ["max", "mean", "sum"])
-def test_nan_reaches_only_the_scores_that_use_it(selection_ops, kind, name, value, group_reduce):
+def test_nan_reaches_only_the_scores_that_use_it(ops, kind, name, value, group_reduce):
     """It is in page 2 of sequence 1, which row 2 does not see, or in row 4, for KV head 1."""
     options = {"page_size": 4, "group_reduce": group_reduce}
     arguments = score_case(kind, [8, 16, 8], [2, 9, 1], **options)
-    clean = outcome(selection_ops, "score_pages", arguments)
+    clean = outcome(ops, "score_pages", arguments)
     page = arguments["page_table"][1, 2].item()
     place = (4, 3) if name == "q" else (page, 1)
     dirty = arguments | {name: put(arguments[name], place, value)}
-    actual = outcome(selection_ops, "score_pages", dirty)
+    actual = outcome(ops, "score_pages", dirty)
     exact = torch.from_numpy(reference.score_pages(**arrays(dirty)))
     touched = torch.zeros_like(actual, dtype=torch.bool)
     touched[(4, 1) if name == "q" else (slice(3, 11), 1, 2)] = True
@@ -506,16 +506,16 @@ def move_pages(case):
 
 
 @at_random(sizes=attention_sizes(), kind=st.sampled_from(KINDS))
-def test_where_pages_lie_never_matters(selection_ops, sizes, kind):
+def test_where_pages_lie_never_matters(ops, sizes, kind):
     """Not for a bit of a score, nor for what is selected."""
     case = attention_case("paged", **sizes)
     moved, moved_to = move_pages(case)
 
     def select(case):
-        summary = selection_ops.summarize_keys(**keys_of(case, kind))
+        summary = ops.summarize_keys(**keys_of(case, kind))
         lists = case.page_table, case.seq_lens, case.k_cache.shape[1], case.cu_seqlens_q
-        scores = selection_ops.score_pages(case.q, summary, *lists, kind=kind)
-        return summary, scores, selection_ops.select_topk(scores, 3)
+        scores = ops.score_pages(case.q, summary, *lists, kind=kind)
+        return summary, scores, ops.select_topk(scores, 3)
 
     (summary, *selected), (moved_summary, *moved_selected) = select(case), select(moved)
     assert_same_bits(moved_summary[moved_to], summary)
@@ -523,11 +523,11 @@ def test_where_pages_lie_never_matters(selection_ops, sizes, kind):
 
 
 @kinds
-def test_columns_behind_the_sequences_never_change_scores(selection_ops, kind):
+def test_columns_behind_the_sequences_never_change_scores(ops, kind):
     arguments = score_case(kind, **RAGGED)
-    scores = outcome(selection_ops, "score_pages", arguments)
+    scores = outcome(ops, "score_pages", arguments)
     table = torch.nn.functional.pad(arguments["page_table"], (0, 40), value=-7)
-    wider = outcome(selection_ops, "score_pages", arguments | {"page_table": table})
+    wider = outcome(ops, "score_pages", arguments | {"page_table": table})
     assert_same_bits(wider, torch.nn.functional.pad(scores, (0, 40), value=-torch.inf))
 
 
@@ -554,9 +554,9 @@ SCORE_ERRORS = TABLE_ERRORS | QUERY_ERRORS | {
 
 
 @pytest.mark.parametrize("error", SCORE_ERRORS)
-def test_score_errors_name_the_argument_and_change_nothing(selection_ops, error):
+def test_score_errors_name_the_argument_and_change_nothing(ops, error):
     arguments = score_case("minmax", **RAGGED)
-    check_error(selection_ops, "score_pages", arguments, SCORE_ERRORS[error])
+    check_error(ops, "score_pages", arguments, SCORE_ERRORS[error])
 
 
 # ---- every op ------------------------------------------------------------------------------------
@@ -623,15 +623,15 @@ def test_index_dtypes_never_change_bits(op):
 
 
 @each_op
-def test_strided_inputs_work_or_are_refused_by_name(selection_ops, op):
+def test_strided_inputs_work_or_are_refused_by_name(ops, op):
     """Keys and scores lie anywhere, as long as their last dimension is contiguous."""
     arguments = example(op, **RAGGED)
-    expected = outcome(selection_ops, op, arguments)
+    expected = outcome(ops, op, arguments)
     for name, tensor in tensors(arguments).items():
         for dim in range(tensor.dim()):
             strided = arguments | {name: apart(tensor, dim)}
             try:
-                actual = outcome(selection_ops, op, strided)
+                actual = outcome(ops, op, strided)
             except RuntimeError as error:
                 assert f"{op}: {name}" in str(error)
                 assert name not in ("k_cache", "bank", "scores") or dim == tensor.dim() - 1
@@ -678,14 +678,14 @@ def test_shapes_without_data(op):
      ("attention_colstats", "q"), ("attention_colstats", "k_cache"), ("attention_colstats", "lse"),
      ("attention_colstats", "key_bias"), ("knn_topk", "q"), ("knn_topk", "bank")],
 )  # fmt: skip
-def test_ops_without_a_backward_say_so(selection_ops, op, name):
+def test_ops_without_a_backward_say_so(ops, op, name):
     arguments = example(op, **RAGGED)
     arguments[name].requires_grad_()
     message = rf"{op}: .*not differentiable"
     with unchanged(*arguments.values()), pytest.raises(RuntimeError, match=message):
-        getattr(selection_ops, op)(**arguments)
+        getattr(ops, op)(**arguments)
     with torch.no_grad():
-        getattr(selection_ops, op)(**arguments)
+        getattr(ops, op)(**arguments)
 
 
 @each_op

@@ -11,19 +11,10 @@ void run(const char* op, const MergeParams& p, const Context& ctx) {
          32 * kMergeRows, 0, p);
 }
 
-void run(const char* op, Dtype dtype, const MergeParams& p, const Context& ctx) {
+void run(const char* op, const TensorView& outs, const MergeParams& p, const Context& ctx) {
+  check_supported(op, "outs", outs);
   const DeviceGuard guard(op, ctx.device);
-  switch (dtype) {
-    case Dtype::f32:
-      return run<float>(op, p, ctx);
-    case Dtype::bf16:
-      return run<bf16>(op, p, ctx);
-    case Dtype::f16:
-      return run<f16>(op, p, ctx);
-    default:
-      fail(op, "outs has an unsupported dtype ", name(dtype),
-           "; supported on CUDA: float32, bfloat16, float16");
-  }
+  with_type(outs.dtype, [&](auto type) { run<decltype(type)>(op, p, ctx); });
 }
 
 MergeParams params_of(const MergeStatesArgs& a) {
@@ -46,7 +37,7 @@ MergeParams params_of(const MergeStatesArgs& a) {
 }  // namespace
 
 void merge_states(const MergeStatesArgs& a, const Context& ctx) {
-  run("merge_states", a.outs.dtype, params_of(a), ctx);
+  run("merge_states", a.outs, params_of(a), ctx);
 }
 
 void merge_states_backward(const MergeStatesArgs& a, const MergeStatesGrads& g,
@@ -56,7 +47,7 @@ void merge_states_backward(const MergeStatesArgs& a, const MergeStatesGrads& g,
   p.dlse = static_cast<const float*>(g.dlse.data);
   p.douts = g.douts.data;
   p.dlses = static_cast<float*>(g.dlses.data);
-  run("merge_states_backward", a.outs.dtype, p, ctx);
+  run("merge_states_backward", a.outs, p, ctx);
 }
 
 }  // namespace memkernels::attention::cuda

@@ -40,11 +40,6 @@ Launch launch_for(Dtype dtype, int dim_class) {
   }
 }
 
-int as_int(const char* op, const char* what, int64_t n) {
-  check(n <= kNoLimit, op, what, " ", n, " exceed what a CUDA launch takes");
-  return static_cast<int>(n);
-}
-
 CacheRows cache_rows(const TensorView& t, int leading) {
   const Rows rows = rows_of(t, leading);
   return {rows.data, rows.outer_stride, rows.token_stride, rows.head_stride};
@@ -74,10 +69,7 @@ bool aligned_to_16(const CacheRows& rows, int64_t dim, int64_t size) {
 }
 
 AttentionParams params_of(const char* op, const PagedAttentionArgs& a, const Shapes& shapes) {
-  const Dtype dtype = a.q.dtype;
-  check(dtype == Dtype::f32 || dtype == Dtype::bf16 || dtype == Dtype::f16, op,
-        "q has an unsupported dtype ", name(dtype),
-        "; supported on CUDA: float32, bfloat16, float16");
+  check_supported(op, "q", a.q);
   AttentionParams p{};
   const int64_t size = item_size(a.q.dtype);
   p.q = a.q.data;

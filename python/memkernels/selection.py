@@ -442,7 +442,6 @@ _attention_colstats = _ops.attention_colstats.default
 _accumulate_colstats = _ops.accumulate_colstats.default
 _knn_topk = _ops.knn_topk.default
 _indexer_scores = _ops.indexer_scores.default
-_indexer_scores_backward = _ops.indexer_scores_backward.default
 
 _lib = _library.library
 
@@ -512,23 +511,25 @@ def _(dscores, q, w, k, page_table, seq_lens, cu_seqlens_q, *, needs, causal):
     return tuple(t.new_empty(t.shape if needs >> bit & 1 else (0,)) for bit, t in inputs)
 
 
-def _indexer_context(ctx, inputs, keyword_only_inputs, output):
-    ctx.save_for_backward(*inputs)
-    ctx.options = keyword_only_inputs
+def _register_indexer(namespace: str, lib) -> None:
+    backward = getattr(torch.ops, namespace).indexer_scores_backward.default
 
+    def context(ctx, inputs, keyword_only_inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.options = keyword_only_inputs
 
-def _indexer_gradient(ctx, dscores):
-    needs = sum(1 << bit for bit in range(3) if ctx.needs_input_grad[bit])
-    grads = _indexer_scores_backward(
-        dscores.contiguous(), *ctx.saved_tensors, needs=needs, **ctx.options
+    def gradient(ctx, dscores):
+        needs = sum(1 << bit for bit in range(3) if ctx.needs_input_grad[bit])
+        grads = backward(dscores.contiguous(), *ctx.saved_tensors, needs=needs, **ctx.options)
+        needed = (grad if needs >> bit & 1 else None for bit, grad in enumerate(grads))
+        return *needed, None, None, None
+
+    torch.library.register_autograd(
+        f"{namespace}::indexer_scores", gradient, setup_context=context, lib=lib
     )
-    needed = (grad if needs >> bit & 1 else None for bit, grad in enumerate(grads))
-    return *needed, None, None, None
 
 
-torch.library.register_autograd(
-    _indexer_scores._name, _indexer_gradient, setup_context=_indexer_context, lib=_lib
-)
+_register_indexer("memkernels", _lib)
 _library.once_differentiable("indexer_scores")
 
 

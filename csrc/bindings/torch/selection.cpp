@@ -357,4 +357,11 @@ STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) {
   m.impl("indexer_scores_backward", TORCH_BOX(&indexer_scores_backward));
 }
 
+#if defined(MEMKERNELS_WITH_CUDA) && !defined(MEMKERNELS_SIMT)
+STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CUDA, m) {
+  m.impl("select_topk", TORCH_BOX(&select_topk));
+  m.impl("evict", TORCH_BOX(&evict));
+}
+#endif
+
 }  // namespace memkernels::binding

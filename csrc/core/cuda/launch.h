@@ -16,6 +16,31 @@ inline Integers integers(const TensorView& t, int dim = 0) {
   return {t.data, t.stride[dim], t.dtype == Dtype::i64};
 }
 
+inline void check_supported(const char* op, const char* arg, const TensorView& t) {
+  check(t.dtype == Dtype::f32 || t.dtype == Dtype::bf16 || t.dtype == Dtype::f16, op, arg,
+        " has an unsupported dtype ", name(t.dtype),
+        "; supported on CUDA: float32, bfloat16, float16");
+}
+
+// Calls run with a value of a supported dtype.
+template <class Run>
+void with_type(Dtype dtype, const Run& run) {
+  switch (dtype) {
+    case Dtype::bf16:
+      return run(bf16());
+    case Dtype::f16:
+      return run(f16());
+    default:
+      return run(float());
+  }
+}
+
+// A size as kernels count.
+inline int as_int(const char* op, const char* what, int64_t n) {
+  check(n <= 0x7fffffff, op, what, " ", n, " exceed what a CUDA launch takes");
+  return static_cast<int>(n);
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #ifdef __CUDACC__
