@@ -89,6 +89,13 @@ def test_select_from_many(ops, dtype, k):
     check_selected(ops, kinds_of_rows(100_000, dtype), k)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_select_from_one_long_row(ops, dtype):
+    rows = kinds_of_rows(70_000, dtype)
+    for i, k in enumerate([2048, 1, 40_000, 2048, 333, 9, 5, 50_000, 69_999, 20_000]):
+        check_selected(ops, rows[i : i + 1], k, torch.tensor([70_000 - i]), 3 if k > 9 else 0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 9, 300])
 def test_kept_ranges_win_whatever_their_scores(ops, n, dtype):

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/check.h"
+#include "core/cuda/host_copy.h"
 #include "core/memory.h"
 
 namespace memkernels::selection {
@@ -65,70 +66,35 @@ void check_kept(const char* op, int64_t keep_first, int64_t keep_last) {
   check(keep_last >= 0, op, "keep_last must not be negative, got ", keep_last);
 }
 
-}  // namespace
-
-void select_topk(const SelectArgs& a, const Context& ctx) {
-  constexpr char op[] = "select_topk";
-  check_scores(op, "scores", a.scores);
+int64_t length_of(const SelectArgs& a, int64_t row) {
   const int leading = a.scores.ndim - 1;
-  const int64_t n = a.scores.shape[leading], k = a.out.shape[leading];
-  check_kept(op, a.keep_first, a.keep_last);
-  check(a.keep_first <= k && a.keep_last <= k - a.keep_first, op,
-        "keep_first + keep_last = ", a.keep_first, " + ", a.keep_last, " exceeds k = ", k);
-  check(a.threshold == a.threshold, op, "threshold must not be NaN");
-  int64_t rows = 1;
-  for (int i = 0; i < leading; ++i) rows *= a.scores.shape[i];
-  if (given(a.lengths)) {
-    check_index(op, "lengths", a.lengths);
-    check_device(op, "lengths", a.lengths, a.scores.device);
-    check(a.lengths.ndim == leading &&
-              std::equal(a.lengths.shape, a.lengths.shape + leading, a.scores.shape),
-          op, "lengths must be ", Sizes{a.scores.shape, leading}, ", as scores but for its last ",
-          "dimension, got ", shape_of(a.lengths));
-  }
-  const auto length_of = [&](int64_t r) {
-    return given(a.lengths) ? index_at(a.lengths, row_offset(a.lengths, leading, a.scores.shape, r))
-                            : n;
-  };
-  for (int64_t r = 0; r < rows && given(a.lengths); ++r) {
-    const int64_t length = length_of(r);
+  if (!given(a.lengths)) return a.scores.shape[leading];
+  return index_at(a.lengths, row_offset(a.lengths, leading, a.scores.shape, row));
+}
+
+void check_lengths(const char* op, const SelectArgs& a) {
+  if (!given(a.lengths)) return;
+  const int64_t rows = numel(a.lengths), n = a.scores.shape[a.scores.ndim - 1];
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t length = length_of(a, r);
     check(length >= 0 && length <= n, op, "lengths has ", length, " in row ", r, ", outside [0, ",
           n, "]");
   }
-  SelectRow like{};
-  like.keep_first = a.keep_first;
-  like.keep_last = a.keep_last;
-  like.lowest = a.threshold;
-  select_rows(a.scores, a.out, like, ctx,
-              [&](int64_t r, SelectRow& row) { row.length = length_of(r); });
 }
 
-void evict(const EvictArgs& a, const Context& ctx) {
-  constexpr char op[] = "evict";
-  check_scores(op, "stats", a.stats);
-  check(a.stats.ndim == 3, op, "stats must be [B, Hkv, L], got ", shape_of(a.stats));
+int64_t length_of(const EvictArgs& a, int64_t b) {
+  return index_at(a.seq_lens, b * a.seq_lens.stride[0]);
+}
+
+int64_t budget_of(const EvictArgs& a, int64_t b) {
+  return given(a.budgets) ? index_at(a.budgets, b * a.budgets.stride[0]) : a.keep.shape[2];
+}
+
+void check_budgets(const char* op, const EvictArgs& a) {
   const int64_t batch = a.stats.shape[0], heads = a.stats.shape[1], most = a.stats.shape[2];
   const int64_t room = a.keep.shape[2];
-  check_kept(op, a.keep_first, a.keep_last);
-  check_shape(op, "seq_lens", a.seq_lens, "[B]", {batch});
-  check_index(op, "seq_lens", a.seq_lens);
-  check_device(op, "seq_lens", a.seq_lens, a.stats.device);
-  if (given(a.budgets)) {
-    check_shape(op, "budget", a.budgets, "[B]", {batch});
-    check_index(op, "budget", a.budgets);
-    check_device(op, "budget", a.budgets, a.stats.device);
-  }
-  if (given(a.num_protected)) {
-    check_shape(op, "num_protected", a.num_protected, "[B, Hkv]", {batch, heads});
-    check_index(op, "num_protected", a.num_protected);
-    check_device(op, "num_protected", a.num_protected, a.stats.device);
-  }
-  const auto length_of = [&](int64_t b) { return index_at(a.seq_lens, b * a.seq_lens.stride[0]); };
-  const auto budget_of = [&](int64_t b) {
-    return given(a.budgets) ? index_at(a.budgets, b * a.budgets.stride[0]) : room;
-  };
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t length = length_of(b), budget = budget_of(b);
+    const int64_t length = length_of(a, b), budget = budget_of(a, b);
     check(length >= 0 && length <= most, op, "seq_lens[", b, "] = ", length, " is outside [0, ",
           most, "], the tokens of stats");
     check(budget >= 0, op, "budget[", b, "] = ", budget, " is negative");
@@ -144,13 +110,85 @@ void evict(const EvictArgs& a, const Context& ctx) {
             " tokens of sequence ", b, " are protected, its budget is ", budget);
     }
   }
+}
+
+}  // namespace
+
+void select_topk(const SelectArgs& a, const Context& ctx) {
+  constexpr char op[] = "select_topk";
+  check_scores(op, "scores", a.scores);
+  const int leading = a.scores.ndim - 1;
+  const int64_t k = a.out.shape[leading];
+  check_kept(op, a.keep_first, a.keep_last);
+  check(a.keep_first <= k && a.keep_last <= k - a.keep_first, op,
+        "keep_first + keep_last = ", a.keep_first, " + ", a.keep_last, " exceeds k = ", k);
+  check(a.threshold == a.threshold, op, "threshold must not be NaN");
+  if (given(a.lengths)) {
+    check_index(op, "lengths", a.lengths);
+    check_device(op, "lengths", a.lengths, a.scores.device);
+    check(a.lengths.ndim == leading &&
+              std::equal(a.lengths.shape, a.lengths.shape + leading, a.scores.shape),
+          op, "lengths must be ", Sizes{a.scores.shape, leading}, ", as scores but for its last ",
+          "dimension, got ", shape_of(a.lengths));
+  }
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    if (ctx.check_indices) {
+      HostCopies copies(op, ctx);
+      SelectArgs read = a;
+      copies.replace(read.lengths);
+      check_lengths(op, read);
+    }
+    return cuda::select_topk(a, ctx);
+  }
+#endif
+  check_lengths(op, a);
+  SelectRow like{};
+  like.keep_first = a.keep_first;
+  like.keep_last = a.keep_last;
+  like.lowest = a.threshold;
+  select_rows(a.scores, a.out, like, ctx,
+              [&](int64_t r, SelectRow& row) { row.length = length_of(a, r); });
+}
+
+void evict(const EvictArgs& a, const Context& ctx) {
+  constexpr char op[] = "evict";
+  check_scores(op, "stats", a.stats);
+  check(a.stats.ndim == 3, op, "stats must be [B, Hkv, L], got ", shape_of(a.stats));
+  const int64_t batch = a.stats.shape[0], heads = a.stats.shape[1];
+  check_kept(op, a.keep_first, a.keep_last);
+  check_shape(op, "seq_lens", a.seq_lens, "[B]", {batch});
+  check_index(op, "seq_lens", a.seq_lens);
+  check_device(op, "seq_lens", a.seq_lens, a.stats.device);
+  if (given(a.budgets)) {
+    check_shape(op, "budget", a.budgets, "[B]", {batch});
+    check_index(op, "budget", a.budgets);
+    check_device(op, "budget", a.budgets, a.stats.device);
+  }
+  if (given(a.num_protected)) {
+    check_shape(op, "num_protected", a.num_protected, "[B, Hkv]", {batch, heads});
+    check_index(op, "num_protected", a.num_protected);
+    check_device(op, "num_protected", a.num_protected, a.stats.device);
+  }
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    if (ctx.check_indices) {
+      HostCopies copies(op, ctx);
+      EvictArgs read = a;
+      for (TensorView* t : {&read.seq_lens, &read.budgets, &read.num_protected}) copies.replace(*t);
+      check_budgets(op, read);
+    }
+    return cuda::evict(a, ctx);
+  }
+#endif
+  check_budgets(op, a);
   SelectRow like{};
   like.keep_first = a.keep_first;
   like.keep_last = a.keep_last;
   like.any = true;
   select_rows(a.stats, a.keep, like, ctx, [&](int64_t r, SelectRow& row) {
-    row.length = length_of(r / heads);
-    row.k = std::min(budget_of(r / heads), room);
+    row.length = length_of(a, r / heads);
+    row.k = std::min(budget_of(a, r / heads), row.room);
   });
 }
 

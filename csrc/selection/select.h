@@ -33,6 +33,11 @@ struct EvictArgs {
 
 void evict(const EvictArgs& args, const Context& ctx);
 
+namespace cuda {
+void select_topk(const SelectArgs& args, const Context& ctx);  // checked ones
+void evict(const EvictArgs& args, const Context& ctx);
+}  // namespace cuda
+
 // One row for the kernel.
 struct SelectRow {
   const void* scores;

@@ -218,6 +218,7 @@ inline int __any_sync(unsigned mask, int predicate, SIMT_SITE) {
 inline int __all_sync(unsigned mask, int predicate, SIMT_SITE) {
   return simt::vote("__all_sync", mask, predicate == 0, SIMT_HERE) == 0;
 }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 template <class T>
 SIMT_UNWATCHED inline T atomicAdd(T* p, T value) {
   const T old = *p;

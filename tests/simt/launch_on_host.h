@@ -25,6 +25,10 @@ inline void copy_to_host(const char*, const Context&, void* to, const void* from
   std::memcpy(to, from, bytes);
 }
 
+inline void clear(const char*, const Context&, void* data, int64_t bytes) {
+  std::memset(data, 0, bytes);
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const char* op, const Context&, void (*kernel)(Parameters...), int64_t blocks,
             int threads, int64_t shared_bytes, const Arguments&... arguments) {

@@ -94,6 +94,10 @@ inline void copy_to_host(const char* op, const Context& ctx, void* to, const voi
   check_cuda(op, cudaStreamSynchronize(stream));
 }
 
+inline void clear(const char* op, const Context& ctx, void* data, int64_t bytes) {
+  check_cuda(op, cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(ctx.stream)));
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const char* op, const Context& ctx, void (*kernel)(Parameters...), int64_t blocks,
             int threads, int64_t shared_bytes, const Arguments&... arguments) {
