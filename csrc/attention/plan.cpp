@@ -112,14 +112,21 @@ Rows rows_of(const TensorView& t, int leading) {
   return rows;
 }
 
-std::vector<int64_t> query_offsets(const char* op, const TensorView& q,
-                                   const TensorView& cu_seqlens_q, int64_t batch) {
+void check_query_offsets(const char* op, const TensorView& q, const TensorView& cu_seqlens_q,
+                         int64_t batch) {
   if (given(cu_seqlens_q)) {
+    check_shape(op, "cu_seqlens_q", cu_seqlens_q, "[B + 1]", {batch + 1});
     check_optional_index(op, "cu_seqlens_q", cu_seqlens_q, q.device);
-    check_cumulative(op, "cu_seqlens_q", cu_seqlens_q, batch, "q", q.shape[0]);
   } else {
     check(q.shape[0] == batch, op, "q has ", q.shape[0], " rows without cu_seqlens_q, page_table ",
           batch);
+  }
+}
+
+std::vector<int64_t> query_offsets(const char* op, const TensorView& q,
+                                   const TensorView& cu_seqlens_q, int64_t batch) {
+  if (given(cu_seqlens_q)) {
+    check_cumulative(op, "cu_seqlens_q", cu_seqlens_q, batch, "q", q.shape[0]);
   }
   std::vector<int64_t> offsets(batch + 1);
   for (int64_t b = 0; b <= batch; ++b) {

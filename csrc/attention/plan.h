@@ -44,7 +44,11 @@ void paged_attention_backward(const char* op, const PagedAttentionArgs& args,
 Shapes check_on_cuda(const char* op, const PagedAttentionArgs& args, const Context& ctx);
 #endif
 
-// [B + 1]: where the queries of each sequence begin, one each without cu_seqlens_q.
+// Refuses cu_seqlens_q, or its absence, by what metadata says.
+void check_query_offsets(const char* op, const TensorView& q, const TensorView& cu_seqlens_q,
+                         int64_t batch);
+
+// [B + 1]: where the queries of each sequence begin, one each without cu_seqlens_q; checked.
 std::vector<int64_t> query_offsets(const char* op, const TensorView& q,
                                    const TensorView& cu_seqlens_q, int64_t batch);
 

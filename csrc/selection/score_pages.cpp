@@ -7,6 +7,7 @@
 #include "attention/page_table.h"
 #include "attention/plan.h"
 #include "core/check.h"
+#include "core/cuda/host_copy.h"
 #include "core/memory.h"
 
 namespace memkernels::selection {
@@ -43,15 +44,35 @@ void check_arguments(const ScorePagesArgs& a) {
   check(a.page_size > 0, kOp, "page_size must be at least 1, got ", a.page_size);
 }
 
+// Of the queries; refuses lengths, offsets and pages that contradict.
+std::vector<int64_t> checked_offsets(const ScorePagesArgs& a) {
+  const attention::PageTable table{a.page_table, a.seq_lens, a.page_size};
+  std::vector<int64_t> offsets = attention::query_offsets(kOp, a.q, a.cu_seqlens_q, table.batch());
+  table.check_contents(kOp, a.summary.shape[0]);
+  return offsets;
+}
+
 }  // namespace
 
 void score_pages(const ScorePagesArgs& a, const Context& ctx) {
   check_arguments(a);
   const attention::PageTable table{a.page_table, a.seq_lens, a.page_size};
   table.check_shapes(kOp, a.q.device);
-  const std::vector<int64_t> offsets =
-      attention::query_offsets(kOp, a.q, a.cu_seqlens_q, table.batch());
-  table.check_contents(kOp, a.summary.shape[0]);
+  attention::check_query_offsets(kOp, a.q, a.cu_seqlens_q, table.batch());
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    if (ctx.check_indices) {
+      HostCopies copies(kOp, ctx);
+      ScorePagesArgs read = a;
+      for (TensorView* t : {&read.page_table, &read.seq_lens, &read.cu_seqlens_q}) {
+        copies.replace(*t);
+      }
+      checked_offsets(read);
+    }
+    return cuda::score_pages(a, ctx);
+  }
+#endif
+  const std::vector<int64_t> offsets = checked_offsets(a);
 
   const int64_t group = a.q.shape[1] / a.summary.shape[1];
   const int64_t block_queries = std::max<int64_t>(1, kTaskRows / group);

@@ -28,6 +28,10 @@ struct ScorePagesArgs {
 
 void score_pages(const ScorePagesArgs& args, const Context& ctx);
 
+namespace cuda {
+void score_pages(const ScorePagesArgs& args, const Context& ctx);  // checked ones
+}  // namespace cuda
+
 // Some pages of a sequence for some of its queries, and all heads.
 struct ScoreTask {
   const ScorePagesArgs* args;

@@ -6,6 +6,7 @@
 
 #include "attention/page_table.h"
 #include "core/check.h"
+#include "core/cuda/host_copy.h"
 #include "core/memory.h"
 
 namespace memkernels::selection {
@@ -36,6 +37,26 @@ void check_arguments(const char* op, const SummarizeKeysArgs& a) {
   check_device(op, "summary", a.summary, a.k_cache.device);
   table_of(a).check_shapes(op, a.k_cache.device);
 }
+
+int64_t num_new_of(const NewTokens& added, int64_t b) {
+  return given(added.each) ? index_at(added.each, b * added.each.stride[0]) : added.all;
+}
+
+void check_contents(const char* op, const SummarizeKeysArgs& a, const NewTokens& added) {
+  table_of(a).check_contents(op, a.k_cache.shape[0]);
+  for (int64_t b = 0; b < a.seq_lens.shape[0] && given(added.each); ++b) {
+    check(num_new_of(added, b) >= 0, op, "num_new must not be negative, got ", num_new_of(added, b),
+          " for sequence ", b);
+  }
+}
+
+#ifdef MEMKERNELS_WITH_CUDA
+void check_on_host(const char* op, SummarizeKeysArgs a, NewTokens added, const Context& ctx) {
+  HostCopies copies(op, ctx);
+  for (TensorView* t : {&a.page_table, &a.seq_lens, &added.each}) copies.replace(*t);
+  check_contents(op, a, added);
+}
+#endif
 
 // How many tokens of each physical page are in use: of its longest sequence.
 Workspace page_fills(const SummarizeKeysArgs& a) {
@@ -91,31 +112,40 @@ void summarize(const SummarizeKeysArgs& a, const int32_t* fill, int64_t num_page
 void summarize_keys(const SummarizeKeysArgs& a, const Context& ctx) {
   constexpr char op[] = "summarize_keys";
   check_arguments(op, a);
-  table_of(a).check_contents(op, a.k_cache.shape[0]);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    if (ctx.check_indices) check_on_host(op, a, {}, ctx);
+    return cuda::summarize_keys(op, a, nullptr, ctx);
+  }
+#endif
+  check_contents(op, a, {});
   const Workspace fills = page_fills(a);
   summarize(
       a, static_cast<const int32_t*>(fills.get()), a.k_cache.shape[0], [](int64_t i) { return i; },
       ctx);
 }
 
-void update_summaries(const SummarizeKeysArgs& a, const TensorView& num_new, int64_t num_new_all,
-                      const Context& ctx) {
+void update_summaries(const SummarizeKeysArgs& a, const NewTokens& added, const Context& ctx) {
   constexpr char op[] = "update_summaries";
   check_arguments(op, a);
   const PageTable table = table_of(a);
-  if (given(num_new)) {
-    check_shape(op, "num_new", num_new, "[B]", {table.batch()});
-    check_index(op, "num_new", num_new);
-    check_device(op, "num_new", num_new, a.k_cache.device);
+  if (given(added.each)) {
+    check_shape(op, "num_new", added.each, "[B]", {table.batch()});
+    check_index(op, "num_new", added.each);
+    check_device(op, "num_new", added.each, a.k_cache.device);
+  } else {
+    check(added.all >= 0, op, "num_new must not be negative, got ", added.all);
   }
-  const auto new_of = [&](int64_t b) {
-    return given(num_new) ? index_at(num_new, b * num_new.stride[0]) : num_new_all;
-  };
-  table.check_contents(op, a.k_cache.shape[0]);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    if (ctx.check_indices) check_on_host(op, a, added, ctx);
+    return cuda::summarize_keys(op, a, &added, ctx);
+  }
+#endif
+  check_contents(op, a, added);
   std::vector<int64_t> touched;
   for (int64_t b = 0; b < table.batch(); ++b) {
-    const int64_t count = new_of(b);
-    check(count >= 0, op, "num_new must not be negative, got ", count, " for sequence ", b);
+    const int64_t count = num_new_of(added, b);
     if (count == 0) continue;
     for (int64_t i = std::max<int64_t>(0, table.length(b) - count) / table.page_size;
          i < table.used(b); ++i) {

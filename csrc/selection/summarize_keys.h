@@ -23,9 +23,19 @@ struct SummarizeKeysArgs {
 
 void summarize_keys(const SummarizeKeysArgs& args, const Context& ctx);
 
-// num_new: [B], or absent: num_new_all of each sequence.
-void update_summaries(const SummarizeKeysArgs& args, const TensorView& num_new, int64_t num_new_all,
-                      const Context& ctx);
+// How many of the tokens of each sequence are new.
+struct NewTokens {
+  TensorView each;  // [B], or absent:
+  int64_t all = 0;
+};
+
+void update_summaries(const SummarizeKeysArgs& args, const NewTokens& added, const Context& ctx);
+
+namespace cuda {
+// Checked ones. `added`: updates the pages that hold such tokens; null: summarizes all.
+void summarize_keys(const char* op, const SummarizeKeysArgs& args, const NewTokens* added,
+                    const Context& ctx);
+}  // namespace cuda
 
 // The first `tokens` keys of a page, for all heads; 0 if there are none.
 struct SummaryPage {

@@ -53,7 +53,7 @@ void update_summaries(const Tensor& summary, const Tensor& k_cache, const Tensor
   selection::SummarizeKeysArgs a = summarize_args(op, k_cache, page_table, seq_lens);
   a.summary = view(op, "summary", summary);
   a.kind = a.summary.ndim == 4 ? SummaryKind::minmax : SummaryKind::mean;
-  selection::update_summaries(a, view(op, "num_new", num_new_each), num_new,
+  selection::update_summaries(a, {view(op, "num_new", num_new_each), num_new},
                               OpContext(op, a.k_cache.device));
 }
 
@@ -359,6 +359,9 @@ STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) {
 
 #if defined(MEMKERNELS_WITH_CUDA) && !defined(MEMKERNELS_SIMT)
 STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CUDA, m) {
+  m.impl("summarize_keys", TORCH_BOX(&summarize_keys));
+  m.impl("update_summaries", TORCH_BOX(&update_summaries));
+  m.impl("score_pages", TORCH_BOX(&score_pages));
   m.impl("select_topk", TORCH_BOX(&select_topk));
   m.impl("evict", TORCH_BOX(&evict));
 }
