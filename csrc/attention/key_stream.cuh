@@ -51,7 +51,6 @@ struct Stream {
   int visible;              // tokens that any row of the block sees
   int sinks, window_begin;  // tokens between them no row sees
   int window;
-  bool may_split;
   int num_splits, split_length, stream_end;
   int begin, end;  // of the split
 };
@@ -186,14 +185,9 @@ __device__ __forceinline__ bool find_stream(const AttentionParams& p, int64_t sl
     s.list = s.query * p.list_query_stride + head * p.list_head_stride;
     keys = end = stream_length<kThreads>(p, s.list, s.visible, scratch);
   }
-  s.may_split = p.splits > 1 && num_queries <= p.partial_queries;
-  const int step = s.may_split ? split_length(keys) : keys;
-  s.num_splits = keys > step ? (keys + step - 1) / step : 1;
-  const int tid = threadIdx.x, owner = s.first_row / group + tid;
-  if (s.may_split && split == 0 && tid <= last_row / group && owner < s.num_queries) {
-    p.num_splits[(s.partial + owner) * p.num_kv_heads + head] = s.num_splits;
-  }
-  s.split_length = step;
+  const bool may_split = p.splits > 1 && num_queries <= p.partial_queries;
+  s.split_length = may_split ? split_length(keys) : keys;
+  s.num_splits = keys > s.split_length ? (keys + s.split_length - 1) / s.split_length : 1;
   s.stream_end = end;
   return split < s.num_splits;
 }

@@ -192,13 +192,13 @@ void paged_attention(const char* op, const PagedAttentionArgs& a, const Shapes& 
   if (p.splits > 1) {
     const int64_t of_sequences = shapes.batch * p.partial_queries;
     p.partial_by_query = shapes.total_q <= of_sequences;
-    p.num_partials = static_cast<int>(std::min(shapes.total_q, of_sequences));
-    const int64_t partials = int64_t{p.num_partials} * shapes.heads * p.splits;
+    const int64_t partials = std::min(shapes.total_q, of_sequences) * shapes.heads * p.splits;
     p.partial_out = static_cast<float*>(ctx.allocate(ctx, partials * shapes.dim_v * 4));
     p.partial_states =
         static_cast<PartialState*>(ctx.allocate(ctx, partials * sizeof(PartialState)));
-    p.num_splits =
-        static_cast<int*>(ctx.allocate(ctx, int64_t{p.num_partials} * shapes.kv_heads * 4));
+    const int64_t bytes = slots * shapes.kv_heads * sizeof(int);
+    p.arrivals = static_cast<int*>(ctx.allocate(ctx, bytes));
+    clear(op, ctx, p.arrivals, bytes);
   }
   p.split_blocks = p.splits;
   if (rows == 16) {

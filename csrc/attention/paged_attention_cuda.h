@@ -65,13 +65,13 @@ struct AttentionParams {
   void* out;            // [total_q, Hq, Dv]
   float* lse;           // [total_q, Hq]
   // Where splits > 1: partial results of the queries of sequences that have at most
-  // partial_queries, so many of each sequence; or of all queries, if they are fewer.
+  // partial_queries, so many of each sequence; or of all queries, if they are fewer. The last
+  // block of a row to arrive merges them.
   int partial_queries;
   bool partial_by_query;
-  int num_partials;              // queries
   float* partial_out;            // [num_partials, Hq, splits, Dv]
   PartialState* partial_states;  // [num_partials, Hq, splits]
-  int* num_splits;               // [num_partials, Hkv]
+  int* arrivals;                 // [blocks of rows, Hkv], zeroed: blocks that have stored theirs
 };
 
 // The head dimension of the kernels that take this one.

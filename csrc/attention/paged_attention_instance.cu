@@ -20,9 +20,6 @@ void launch_attention<MEMKERNELS_TYPE, MEMKERNELS_DIM>(const char* op, const Att
   } else if constexpr (has_large_blocks(sizeof(T), kDim)) {
     run(attend<T, kDim, 128>, Shape<T, kDim, 128>::kThreads);
   }
-  if (p.splits == 1) return;
-  const int64_t parts = int64_t{p.num_partials} * p.num_heads * ceil_div(p.dim_v, 128);
-  launch(op, ctx, merge_splits<T>, ceil_div(parts, 4), 128, 0, p, parts);
 }
 
 }  // namespace memkernels::attention::cuda

@@ -1,10 +1,11 @@
-// Attention over an indexed stream of keys, and the merge of its splits.
+// Attention over an indexed stream of keys.
 //
 //   logit = scale q.k, soft-capped, plus key_bias;  out = softmax(logit) v;  lse = log sum exp
 //
 // A block owns kRows rows, queries times heads of one KV head, and splits of their keys, which it
 // reads once for all of them (key_stream.cuh). Scores and values are multiplied on tensor
-// cores: warps share the keys of the scores, then the columns of the values.
+// cores: warps share the keys of the scores, then the columns of the values. Of the blocks that
+// share the splits of some rows, the last to store its own merges them all, in their order.
 //
 // Cost: (D + Dv) elements of memory and 2 (D + Dv) kRows flops a key and KV head. In decoding with
 // groups of 4 in 16-bit that is 8 flops a byte used of 32 issued; an H200 has some 200 (4.8 TB/s,
@@ -150,6 +151,62 @@ __device__ __forceinline__ void load_queries(const Tile& tile, const AttentionPa
   }
 }
 
+// Whether this block is the last of those that share the splits of its rows to have stored theirs;
+// it sees what all of them have stored.
+__device__ __forceinline__ bool arrives_last(const AttentionParams& p, const Stream& s,
+                                             int64_t rows_of_head, int* scratch) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const int blocks = s.num_splits < p.split_blocks ? s.num_splits : p.split_blocks;
+    *scratch = atomicAdd(&p.arrivals[rows_of_head], 1) == blocks - 1;
+  }
+  __syncthreads();
+  __threadfence();
+  return *scratch;
+}
+
+// Merges the splits of a block's rows, in their order. A warp has 128 columns of a row at a time.
+template <class T, int kRows, int kThreads>
+__device__ __forceinline__ void merge_splits(const AttentionParams& p, const Stream& s, int head) {
+  const int lane = threadIdx.x % 32, n = s.num_splits, chunks = (p.dim_v + 127) / 128;
+  const int left = s.num_queries * p.group - s.first_row, rows = left < kRows ? left : kRows;
+  for (int part = threadIdx.x / 32; part < rows * chunks; part += kThreads / 32) {
+    const int row = s.first_row + part / chunks, chunk = part % chunks;
+    const int query = row / p.group, q_head = head * p.group + row % p.group;
+    const int64_t partial = ((s.partial + query) * p.num_heads + q_head) * p.splits;
+    PartialState state{-kInfinity, 0.f};  // of split `lane`
+    if (lane < n) state = p.partial_states[partial + lane];
+    const float most = warp_max(state.maximum);
+    const float weight = exp2f(state.maximum - (most == -kInfinity ? 0.f : most));
+    float sum = 0.f;
+    for (int i = 0; i < n; ++i) {
+      sum += __shfl_sync(kWholeWarp, weight, i) * __shfl_sync(kWholeWarp, state.sum, i);
+    }
+    const Outcome outcome = finish_row(most, sum, p.sink_logit != nullptr, sink_of<T>(p, q_head));
+
+    const int64_t to = (s.query + int64_t{query}) * p.num_heads + q_head;
+    if (lane == 0 && chunk == 0) p.lse[to] = outcome.lse;
+    T* const out = static_cast<T*>(p.out) + to * p.dim_v;
+    const float* const outs = p.partial_out + partial * p.dim_v;
+    float x[4] = {};
+#pragma unroll 4
+    for (int i = 0; i < n; ++i) {
+      const float w = __shfl_sync(kWholeWarp, weight, i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int column = 128 * chunk + 32 * j + lane;
+        if (column < p.dim_v) x[j] += w * outs[int64_t{i} * p.dim_v + column];
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int column = 128 * chunk + 32 * j + lane;
+      if (column < p.dim_v) narrow(x[j] * outcome.factor, out[column]);
+    }
+  }
+}
+
 template <class T, int kDim, int kRows>
 __global__ void __launch_bounds__(Shape<T, kDim, kRows>::kThreads, 1)
     attend(const AttentionParams p) {
@@ -173,11 +230,10 @@ __global__ void __launch_bounds__(Shape<T, kDim, kRows>::kThreads, 1)
   const int64_t block = gridDim.x - 1 - blockIdx.x;
   const int head = static_cast<int>(block % p.num_kv_heads);
   const int first_split = static_cast<int>(block / p.num_kv_heads % p.split_blocks);
+  const int64_t slot = block / p.num_kv_heads / p.split_blocks;
+  int* const scratch = reinterpret_cast<int*>(places);
   Stream s;
-  if (!find_stream<kRows, S::kThreads>(p, block / p.num_kv_heads / p.split_blocks, first_split,
-                                       head, reinterpret_cast<int*>(places), s)) {
-    return;
-  }
+  if (!find_stream<kRows, S::kThreads>(p, slot, first_split, head, scratch, s)) return;
 
   // What lies behind the head dimension takes part in the scores' products.
   const int steps = (p.dim * static_cast<int>(sizeof(T)) + 31) / 32;
@@ -278,7 +334,7 @@ __global__ void __launch_bounds__(Shape<T, kDim, kRows>::kThreads, 1)
         const int query = row / p.group, q_head = head * p.group + row % p.group;
         if (query >= s.num_queries) continue;
         const float maximum = state.maximum[tile][half];
-        if (s.may_split) {
+        if (s.num_splits > 1) {
           const int64_t partial = ((s.partial + query) * p.num_heads + q_head) * p.splits + split;
           if (leader) p.partial_states[partial] = {maximum, sum};
           store_row(p.partial_out + partial * p.dim_v, out.c[tile], half, 1.f, first_column,
@@ -303,57 +359,8 @@ __global__ void __launch_bounds__(Shape<T, kDim, kRows>::kThreads, 1)
   } else {
     attend_split(first_split);
   }
-}
-
-// Merges the splits of a row, in their order. A warp has 128 columns of a row.
-template <class T>
-__global__ void __launch_bounds__(128, 1) merge_splits(const AttentionParams p, int64_t num_parts) {
-  const int64_t part = blockIdx.x * 4ll + threadIdx.x / 32;
-  if (part >= num_parts) return;
-  const int chunks = (p.dim_v + 127) / 128, chunk = static_cast<int>(part % chunks);
-  const int64_t row = part / chunks, owner = row / p.num_heads;
-  const int lane = threadIdx.x % 32, head = static_cast<int>(row % p.num_heads);
-
-  int64_t b = owner, query = owner;
-  if (p.cu_seqlens_q.data) {
-    b = p.partial_by_query
-            ? last_at_most(p.num_sequences, owner, [&](int64_t i) { return first_query(p, i); })
-            : owner / p.partial_queries;
-    const int64_t first = first_query(p, b), past = first_query(p, b + 1);
-    if (!p.partial_by_query) query = first + owner % p.partial_queries;
-    if (query < first || query >= past || past - first > p.partial_queries) return;
-  }
-  // Nobody has written it where offsets of queries are nonsense.
-  const int splits = p.num_splits[owner * p.num_kv_heads + head / p.group];
-  const int n = static_cast<int>(clamp(splits, 0, p.splits));
-  PartialState state{-kInfinity, 0.f};  // of split `lane`
-  if (lane < n) state = p.partial_states[row * p.splits + lane];
-  const float most = warp_max(state.maximum);
-  const float weight = exp2f(state.maximum - (most == -kInfinity ? 0.f : most));
-  float sum = 0.f;
-  for (int i = 0; i < n; ++i) {
-    sum += __shfl_sync(kWholeWarp, weight, i) * __shfl_sync(kWholeWarp, state.sum, i);
-  }
-  const Outcome outcome = finish_row(most, sum, p.sink_logit != nullptr, sink_of<T>(p, head));
-
-  const int64_t to = query * p.num_heads + head;
-  if (lane == 0 && chunk == 0) p.lse[to] = outcome.lse;
-  T* const out = static_cast<T*>(p.out) + to * p.dim_v;
-  const float* const outs = p.partial_out + row * p.splits * p.dim_v;
-  float x[4] = {};
-#pragma unroll 4
-  for (int i = 0; i < n; ++i) {
-    const float w = __shfl_sync(kWholeWarp, weight, i);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int column = 128 * chunk + 32 * j + lane;
-      if (column < p.dim_v) x[j] += w * outs[int64_t{i} * p.dim_v + column];
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const int column = 128 * chunk + 32 * j + lane;
-    if (column < p.dim_v) narrow(x[j] * outcome.factor, out[column]);
+  if (s.num_splits > 1 && arrives_last(p, s, slot * p.num_kv_heads + head, scratch)) {
+    merge_splits<T, kRows, S::kThreads>(p, s, head);
   }
 }
 
