@@ -103,12 +103,17 @@ def cute_library() -> ctypes.CDLL:
 
 @contextlib.contextmanager
 def schedule(seed: int, async_copies: str = "lazy", runner: ctypes.CDLL | None = None):
-    """Within, threads take turns in an order drawn from the seed (0: as numbered), and copies land
-    at once ("eager"), when waited for ("lazy") or either ("random")."""
+    """Within, blocks and threads take turns in an order drawn from the seed (0: as numbered), and
+    copies land at once ("eager"), when waited for ("lazy") or either ("random")."""
     configure = (runner or library()).simt_configure
     configure(ctypes.c_uint64(seed), ASYNC[async_copies])
     yield
     configure(ctypes.c_uint64(0), ASYNC["lazy"])
+
+
+def launches() -> int:
+    """How many kernels the runner has launched since the last call."""
+    return library().simt_launches()
 
 
 def races() -> tuple[int, str]:

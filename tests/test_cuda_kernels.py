@@ -81,6 +81,28 @@ def write(seed=0, run=cuda_ops.on_host, **options):
     return caches, lengths, *run("merge_states", outs.half(), lses)
 
 
+def select(seed=0, run=cuda_ops.on_host, **options):
+    """Summaries, scores and selections of random inputs, of short rows and of a long one."""
+    generator = torch.Generator().manual_seed(seed)
+    run = functools.partial(run, **options)
+    k_cache = torch.randn(12, 7, 2, 36, generator=generator).half()
+    table = torch.randperm(12, generator=generator).view(2, 6)
+    table[1, 2] = table[0, 0]
+    lengths = torch.tensor([42, 31])
+    results = []
+    for kind in "minmax", "mean":
+        summary = run("summarize_keys", k_cache, table, lengths - 9, kind=kind)
+        run("update_summaries", summary, k_cache, table, lengths, 9)
+        q = torch.randn(5, 6, 36, generator=generator).half()
+        offsets = torch.tensor([0, 4, 5])
+        scores = run("score_pages", q, summary, table, lengths, 7, offsets, kind=kind)
+        results += [summary, scores, run("select_topk", scores, 3, keep_last=1)]
+    levels = torch.randint(-99, 99, (2, 40_000), generator=generator).bfloat16()
+    results += [run("select_topk", levels, 300), run("select_topk", levels[:1], 300)]
+    stats = levels[:, :900].view(2, 3, 300)
+    return *results, run("evict", stats, torch.tensor([300, 40]), 50, keep_first=2)
+
+
 @pytest.mark.parametrize("compute", [attend, differentiate])
 @pytest.mark.parametrize("name", CASES)
 def test_same_bits_for_any_schedule(compute, name):
@@ -91,13 +113,30 @@ def test_same_bits_for_any_schedule(compute, name):
             assert_same_bits(compute(case), expected)
 
 
-def test_writing_gives_the_same_bits_for_any_schedule():
+@pytest.mark.parametrize("compute", [write, select])
+def test_other_ops_give_the_same_bits_for_any_schedule(compute):
     torch.manual_seed(0)
-    expected = write()
+    expected = compute()
     for seed in 1, 2, 3:
         torch.manual_seed(0)
         with cuda_ops.schedule(seed, "random"):
-            assert_same_bits(write(), expected)
+            assert_same_bits(compute(), expected)
+
+
+def test_one_block_selects_as_several_do():
+    *_, rows, row, _ = select()
+    assert_same_bits(row, rows[:1])
+
+
+def test_a_sparse_step_of_decoding_is_three_launches():
+    case = attention_case("paged", [600, 40], heads=(8, 2), dtype=torch.bfloat16)
+    inputs = case.page_table, case.seq_lens
+    summary = cuda_ops.on_host("summarize_keys", case.k_cache, *inputs)
+    cuda_ops.launches()
+    scores = cuda_ops.on_host("score_pages", case.q, summary, *inputs, 16)
+    indices = cuda_ops.on_host("select_topk", scores, 20, keep_last=1)
+    cuda_ops.on_host("gather_attention", case.q, case.k_cache, case.v_cache, indices, *inputs)
+    assert cuda_ops.launches() == 3
 
 
 @pytest.mark.full
@@ -112,9 +151,10 @@ def test_no_races(name):
 
 
 @pytest.mark.full
-def test_no_races_in_writing():
+@pytest.mark.parametrize("compute", [write, select])
+def test_no_races_in_other_ops(compute):
     cuda_ops.races()
-    write(check="race")
+    compute(check="race")
     assert cuda_ops.races() == (0, "")
 
 
@@ -160,6 +200,30 @@ def check_unchecked(**options):
     keep, table = torch.tensor([[[3, 10**6, 5]]]), torch.tensor([[1, 77]])
     run("compact_kv", cache, cache.clone(), table, torch.tensor([8]), keep)
     assert cache[1, 0].all() and cache.sum() == 24
+    check_unchecked_selection(run)
+
+
+def check_unchecked_selection(run):
+    """Pages out of range count as absent ones; lengths and budgets are cut to what there is."""
+    k_cache, q = torch.randn(4, 4, 1, 8), torch.randn(2, 2, 8)
+    lengths = torch.tensor([16, 9])
+    absent, nonsense = torch.tensor([[2, -1, 0, 3], [1, -1, 2, 0]]), torch.tensor([10**9, -7])
+    table = absent.where(absent >= 0, nonsense[:, None])
+    far = torch.tensor([10**12, 9])
+    results = []
+    for pages, length in (absent, lengths), (table, far):
+        summary = run("summarize_keys", k_cache, pages, length)
+        run("update_summaries", summary, k_cache, pages, length, torch.tensor([3, 10**10]))
+        results.append((summary, run("score_pages", q, summary, pages, length, 4)))
+    assert_same_bits(results[1], results[0])
+    run("score_pages", q, summary, table, far, 4, torch.tensor([0, 10**9, -3])[:3])
+    rows = torch.randn(2, 20)
+    everything = torch.arange(20, dtype=torch.int32)
+    assert_same_bits(run("select_topk", rows, 20, torch.tensor([99, 20]))[0], everything)
+    assert (run("select_topk", rows, 5, torch.tensor([-4, 20]))[0] == -1).all()
+    budgets = {"budget": torch.tensor([-3, 99]), "max_budget": 4, "keep_first": 6}
+    keep = run("evict", rows[:, None], torch.tensor([20, 20]), **budgets)
+    assert keep.tolist() == [[[-1] * 4], [[0, 1, 2, 3]]]
 
 
 def check_nonsense_offsets(**options):
@@ -188,6 +252,7 @@ def every_kernel(**options):
         attend(make(), **options)
         differentiate(make(), **options)
     write(**options)
+    select(**options)
     check_unchecked(**options)
     if "check" not in options:
         check_merge_backward(torch.ops.memkernels.merge_states_backward, torch.half, "cuda")

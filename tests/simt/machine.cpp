@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <random>
 #include <string>
 #include <utility>
 #include <vector>
@@ -514,6 +515,8 @@ bool run_deferred() {
   return true;
 }
 
+int num_launches = 0;
+
 void on_block(void (*reset)()) { resets().push_back(reset); }
 
 void launch(const char* name, Index3 grid, Index3 block, size_t bytes,
@@ -548,14 +551,25 @@ void launch(const char* name, Index3 grid, Index3 block, size_t bytes,
       current = nullptr;
     }
   } cleanup;
+  ++num_launches;
+  std::vector<Index3> blocks;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) run_block({x, y, z});
+      for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({x, y, z});
     }
   }
+  if (options.seed != 0) {
+    std::shuffle(blocks.begin(), blocks.end(), std::mt19937_64(options.seed));
+  }
+  for (const Index3& block : blocks) run_block(block);
 }
 
 }  // namespace simt
+
+// How many kernels were launched since the last call.
+extern "C" __attribute__((visibility("default"))) int simt_launches() {
+  return std::exchange(simt::num_launches, 0);
+}
 
 extern "C" __attribute__((visibility("default"))) void simt_configure(uint64_t seed, int async) {
   simt::options = {seed, static_cast<simt::Async>(async)};
