@@ -42,7 +42,8 @@ class Layer:
         self.seq_lens = torch.full((batch,), length, dtype=torch.int32)
         self.q = torch.randn(batch, HEADS, HEAD_DIM).to(BF16)
         self.summary = memkernels.summarize_keys(self.k, self.table, self.seq_lens)
-        torch.ops.memkernels._advise_huge_pages(self.summary)
+        if self.summary.is_cpu:
+            torch.ops.memkernels._advise_huge_pages(self.summary)
 
     def scores(self) -> Tensor:
         return memkernels.score_pages(
@@ -59,15 +60,19 @@ class Layer:
         )
 
 
-def quest(length: int, page_size: int, layout: str, *, layers: int = 4, budget: int = 2048) -> Case:
-    """Score, select, attend: one step of one sequence, beside attention to all of it."""
-    stack = [Layer(1, length, page_size, layout) for _ in range(layers)]
-    read = stack[0].summary.nbytes + 2 * budget * KV_HEADS * HEAD_DIM * BF16.itemsize
+def quest(
+    length: int, page_size: int, layout: str, *, batch: int = 1, layers: int = 4, budget: int = 2048
+) -> Case:
+    """Score, select, attend: one step of decoding, beside attention to all of it."""
+    stack = [Layer(batch, length, page_size, layout) for _ in range(layers)]
+    read = stack[0].summary.nbytes + 2 * batch * budget * KV_HEADS * HEAD_DIM * BF16.itemsize
+    step = [_measure.captured(lambda x=x: x.sparse(budget)) for x in stack]
+    dense = [_measure.captured(x.dense) for x in stack]
     return Case(
-        f"Quest step bf16 {budget} of {length}, page {page_size} {layout}",
-        in_turns([lambda x=x: x.sparse(budget) for x in stack]),
+        f"Quest step bf16 {batch} x {budget} of {length}, page {page_size} {layout}",
+        in_turns(step),
         {"read": read},
-        others={"paged_attention over all pages": in_turns([x.dense for x in stack])},
+        others={"paged_attention over all pages": in_turns(dense)},
     )
 
 
@@ -100,16 +105,12 @@ def summaries(pages: int, page_size: int) -> Case:
 
 def select(rows: int, columns: int, k: int) -> Case:
     x = torch.randn(rows, columns)
-
-    def topk():
-        indices = torch.topk(x, k).indices
-        return lambda: indices.sort(-1).values.int()
-
+    against = [peers.torch_topk, peers.flashinfer_topk] if x.is_cuda else [peers.torch_topk]
     return Case(
         f"select_topk f32 {rows} x {columns}, k {k}",
         lambda: memkernels.select_topk(x, k),
         {"read": x.nbytes},
-        {"torch.topk": topk},
+        peers.among(against, x, k),
     )
 
 
@@ -161,7 +162,9 @@ def evict(batch: int, length: int, group: str) -> Case:
 def knn(queries: int, entries: int, k: int, *, dtype: torch.dtype = F32) -> Case:
     q = torch.randn(queries, 1, HEAD_DIM).to(dtype)
     bank = torch.randn(1, entries, HEAD_DIM).to(dtype)
-    against = (peers.faiss_flat, peers.matmul_topk) if dtype == F32 else (peers.matmul_topk,)
+    against = [peers.matmul_topk]
+    if dtype == F32 and q.is_cpu:
+        against.insert(0, peers.faiss_flat)
     return Case(
         f"knn_topk {short(dtype)} {queries} of {entries} x {HEAD_DIM}, k {k}",
         lambda: memkernels.knn_topk(q, bank, None, k)[0],
@@ -201,8 +204,8 @@ def indexer(queries: int, keys: int, *, backward: bool, heads: int = 64) -> Case
 def cases(quick: bool) -> Iterator[Case]:
     if quick:
         yield from quick_cases()
-    elif not _measure.on_gpu():
-        yield from full_cases()
+    else:
+        yield from gpu_cases() if _measure.on_gpu() else full_cases()
 
 
 def full_cases() -> Iterator[Case]:
@@ -224,6 +227,33 @@ def full_cases() -> Iterator[Case]:
     for backward in (False, True):
         yield indexer(256, 8192, backward=backward)
     yield indexer(1, 1 << 17, backward=False)
+
+
+def gpu_cases() -> Iterator[Case]:
+    """Sizes that fill a large GPU, and that its caches cannot hold."""
+    for layout in "NHD", "HND":
+        yield quest(131072, 16, layout, batch=8, layers=2)
+    yield quest(131072, 16, "NHD", layers=4)
+    yield scores(8, 131072, 16)
+    yield scores(64, 32768, 16)
+    yield summaries(65536, 16)
+    for rows, columns, k in (64, 8192, 128), (4096, 8192, 128), (64, 65536, 2048):
+        yield select(rows, columns, k)
+    for rows in 1, 8, 256:
+        yield select(rows, 1 << 20, 2048)
+    yield colstats(64, 8192, 1)
+    yield colstats(8, 32768, 32)
+    yield colstats(1, 16384, 16384)
+    for group in "head", "sequence":
+        yield evict(64, 16384, group)
+    yield knn(64, 1 << 22, 32)
+    yield knn(4, 1 << 22, 32)
+    for queries in 64, 4096:
+        yield knn(queries, 1 << 20, 32, dtype=BF16)
+    for backward in (False, True):
+        yield indexer(2048, 16384, backward=backward)
+    yield indexer(4096, 65536, backward=False, heads=128)
+    yield indexer(1, 1 << 20, backward=False)
 
 
 def quick_cases() -> Iterator[Case]:

@@ -351,6 +351,27 @@ def page_scores(q: Tensor, summary: Tensor, page_table: Tensor) -> Tensor:
     return scores.amax(2) * q.shape[-1] ** -0.5
 
 
+def torch_topk(scores: Tensor, k: int) -> dict[str, Peer]:
+    def run():
+        indices = torch.topk(scores, k).indices
+        return lambda: indices.sort(-1).values.int()
+
+    return {"torch.topk": run}
+
+
+def flashinfer_topk(scores: Tensor, k: int) -> dict[str, Peer]:
+    try:
+        from flashinfer import top_k
+    except ImportError as error:
+        raise Absent("FlashInfer with top_k: not installed") from error
+
+    def run():
+        indices = top_k(scores, k)[1]
+        return lambda: indices.sort(-1).values.int()
+
+    return {"FlashInfer top_k": run}
+
+
 def faiss_flat(q: Tensor, bank: Tensor, k: int) -> dict[str, Peer]:
     """faiss's exact search by inner product."""
     try:
