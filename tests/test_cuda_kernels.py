@@ -134,7 +134,8 @@ def test_a_sparse_step_of_decoding_is_three_launches():
     summary = cuda_ops.on_host("summarize_keys", case.k_cache, *inputs)
     cuda_ops.launches()
     scores = cuda_ops.on_host("score_pages", case.q, summary, *inputs, 16)
-    indices = cuda_ops.on_host("select_topk", scores, 20, keep_last=1)
+    pages = (case.seq_lens[:, None] + 15) // 16
+    indices = cuda_ops.on_host("select_topk", scores, 20, pages, keep_last=1)
     cuda_ops.on_host("gather_attention", case.q, case.k_cache, case.v_cache, indices, *inputs)
     assert cuda_ops.launches() == 3
 
