@@ -11,7 +11,7 @@ import torch
 
 import cuda_ops
 import memkernels
-from cases import attention_case, gather_case
+from cases import attention_case, colstats_case, gather_case
 from test_attention_backward import gradients
 from tolerance import assert_same_bits, check_attention, unchanged
 
@@ -48,6 +48,21 @@ CASES = {
 }  # fmt: skip
 
 
+COLSTATS = {
+    "decode_bf16": lambda: colstats_case(decode(head_dims=(64, 1)), reduce="sum"),
+    "append_f32": lambda: colstats_case(
+        attention_case("paged", [190, 90, 0], [3, 20, 2], heads=(6, 2), window=70, sink_tokens=3),
+        reduce="max",
+    ),
+    "prefill_f16": lambda: colstats_case(
+        attention_case(
+            "contiguous", [140, 150], [140, 60], head_dims=(37, 1), dtype=torch.float16
+        ),
+        reduce="count",
+    ),
+}  # fmt: skip
+
+
 def attend_with(arguments, case, run=cuda_ops.on_host, **options):
     op = "gather_attention" if hasattr(case, "indices") else "paged_attention"
     return run(op, **arguments, return_lse=True, **options)
@@ -61,6 +76,13 @@ def attend(case, **options):
 def differentiate(case, **options):
     """Gradients of all that is differentiable, as a list."""
     return list(gradients(lambda **a: attend_with(a, case, **options), case).values())
+
+
+def colstats(arguments, run=cuda_ops.on_host, **options):
+    """Fresh ones, and the same accumulated."""
+    fresh = run("attention_colstats", **arguments, **options)
+    into = {"accumulate_into": torch.ones_like(fresh), "decay": 0.5}
+    return fresh, run("attention_colstats", **arguments, **into, **options)
 
 
 def write(seed=0, run=cuda_ops.on_host, **options):
@@ -140,6 +162,26 @@ def test_a_sparse_step_of_decoding_is_three_launches():
     assert cuda_ops.launches() == 3
 
 
+@pytest.mark.parametrize("name", COLSTATS)
+def test_colstats_give_the_same_bits_for_any_schedule(name):
+    arguments = COLSTATS[name]()
+    expected = colstats(arguments)
+    for seed, copies in (1, "lazy"), (2, "random"), (3, "eager"):
+        with cuda_ops.schedule(seed, copies):
+            assert_same_bits(colstats(arguments), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_colstats_give_the_same_bits_alone_and_in_a_batch(dtype):
+    """In small blocks and in large ones, that is."""
+    options = {"heads": (6, 2), "window": 150, "sink_tokens": 2, "softcap": 3.0, "dtype": dtype}
+    arguments = colstats_case(attention_case("paged", [300, 0, 90], [2, 1, 90], **options))
+    alone = arguments | {"cu_seqlens_q": torch.tensor([0, 2])}
+    alone |= {name: arguments[name][:1] for name in ("page_table", "seq_lens")}
+    alone |= {name: arguments[name][:2] for name in ("q", "lse")}
+    assert_same_bits(colstats(alone)[0], colstats(arguments)[0][:1])
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", CASES)
 def test_no_races(name):
@@ -156,6 +198,15 @@ def test_no_races(name):
 def test_no_races_in_other_ops(compute):
     cuda_ops.races()
     compute(check="race")
+    assert cuda_ops.races() == (0, "")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", COLSTATS)
+def test_no_races_in_colstats(name):
+    cuda_ops.races()
+    with cuda_ops.schedule(1, runner=cuda_ops.library("race")):
+        colstats(COLSTATS[name](), check="race")
     assert cuda_ops.races() == (0, "")
 
 
@@ -190,6 +241,14 @@ def check_unchecked(**options):
     for nonsense, clean in damaged():
         for compute in attend, differentiate:
             assert_same_bits(compute(nonsense, **options), compute(clean, **options))
+        if clean.cu_seqlens_k is None and not hasattr(clean, "indices"):
+            names = "q", "k_cache", "page_table", "seq_lens", "cu_seqlens_q"
+            lse = {"lse": attend(clean, **options)[1]}
+            stats = [
+                colstats({name: getattr(case, name) for name in names} | lse, **options)
+                for case in (nonsense, clean)
+            ]
+            assert_same_bits(*stats)
     cache = torch.zeros(3, 4, 1, 8)
     new = torch.ones(4, 1, 8)
     run = functools.partial(options.pop("run"), **options)
@@ -237,6 +296,8 @@ def check_nonsense_offsets(**options):
     ]
     for case, offsets in cases:
         broken = case.replace(cu_seqlens_q=torch.tensor(offsets, dtype=torch.int32))
+        arguments = colstats_case(case) | {"cu_seqlens_q": broken.cu_seqlens_q}
+        colstats(arguments, check_indices=False, **options)
         differentiate(broken, check_indices=False, **options)
         attend(broken, check_indices=False, **options, max_seqlen=20)
 
@@ -252,6 +313,8 @@ def every_kernel(**options):
     for make in CASES.values():
         attend(make(), **options)
         differentiate(make(), **options)
+    for make in COLSTATS.values():
+        colstats(make(), **options)
     write(**options)
     select(**options)
     check_unchecked(**options)

@@ -10,26 +10,43 @@
 
 namespace memkernels::selection {
 
-void attention_colstats(const char* op, const ColstatsArgs& a, const Context& ctx) {
+namespace {
+
+void check_stats(const char* op, const ColstatsArgs& a, const attention::Shapes& shapes) {
   const attention::PagedAttentionArgs& inputs = a.attention;
-  attention::Plan plan;
-  attention::make_plan(op, inputs, plan);
-  const attention::Problem& p = plan.problem;
-  check(p.num_heads > 0, op, "q has no heads");
-  const Dtype wide = accumulator(p.dtype);
-  check_shape(op, "lse", inputs.lse, "[total_q, Hq]", {plan.total_q, p.num_heads});
+  const Device device = inputs.q.device;
+  check(shapes.heads > 0, op, "q has no heads");
+  const Dtype wide = accumulator(inputs.q.dtype);
+  check_shape(op, "lse", inputs.lse, "[total_q, Hq]", {shapes.total_q, shapes.heads});
   check_dtype(op, "lse", inputs.lse, wide);
-  check_device(op, "lse", inputs.lse, inputs.q.device);
+  check_device(op, "lse", inputs.lse, device);
   check_shape(op, "accumulate_into", a.stats, "[B, Hkv, Lmax]",
-              {p.num_sequences, p.num_kv_heads, -1});
+              {shapes.batch, shapes.kv_heads, -1});
   check_dtype(op, "accumulate_into", a.stats, wide);
-  check_device(op, "accumulate_into", a.stats, inputs.q.device);
+  check_device(op, "accumulate_into", a.stats, device);
   check_contiguous(op, "accumulate_into", a.stats);
   const int64_t capacity = given(inputs.page_table)
                                ? inputs.page_table.shape[1] * inputs.k_cache.shape[1]
                                : inputs.k_cache.shape[1];
   check(a.stats.shape[2] >= capacity, op, "accumulate_into has room for ", a.stats.shape[2],
         " tokens, the cache for ", capacity);
+}
+
+}  // namespace
+
+void attention_colstats(const char* op, const ColstatsArgs& a, const Context& ctx) {
+  const attention::PagedAttentionArgs& inputs = a.attention;
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    const attention::Shapes shapes = attention::check_on_cuda(op, inputs, ctx);
+    check_stats(op, a, shapes);
+    return cuda::attention_colstats(op, a, shapes, ctx);
+  }
+#endif
+  check_stats(op, a, attention::check_shapes(op, inputs));
+  attention::Plan plan;
+  attention::make_plan(op, inputs, plan);
+  const attention::Problem& p = plan.problem;
 
   // Heads of one token that lie side by side are read together, if they see the same keys.
   const bool together = p.k.head_stride < p.k.token_stride && p.same_window;

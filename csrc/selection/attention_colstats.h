@@ -8,6 +8,10 @@
 #include "attention/problem.h"
 #include "core/isa.h"
 
+namespace memkernels::attention {
+struct Shapes;
+}
+
 namespace memkernels::selection {
 
 enum class ColumnReduce { sum, max, count };
@@ -42,5 +46,10 @@ struct ColstatsKernel {
 };
 
 MEMKERNELS_DECLARE_CPU(ColstatsKernel, colstats_kernel, (Dtype dtype))
+
+namespace cuda {
+void attention_colstats(const char* op, const ColstatsArgs& args, const attention::Shapes& shapes,
+                        const Context& ctx);
+}
 
 }  // namespace memkernels::selection

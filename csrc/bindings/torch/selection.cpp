@@ -364,6 +364,8 @@ STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CUDA, m) {
   m.impl("score_pages", TORCH_BOX(&score_pages));
   m.impl("select_topk", TORCH_BOX(&select_topk));
   m.impl("evict", TORCH_BOX(&evict));
+  m.impl("attention_colstats", TORCH_BOX(&attention_colstats));
+  m.impl("accumulate_colstats", TORCH_BOX(&accumulate_colstats));
 }
 #endif
 
