@@ -6,10 +6,10 @@
 // shape of blocks nor other sequences change a bit.
 //
 // Cost: 2 D flops and an exponential a pair of row and key that see each other, over D elements of
-// memory a key and KV head, which is what limits decoding: blocks are short, and as many share a
-// multiprocessor as hold some 128 KiB of keys, so that they wait together. Prefill is bound by
-// mma.sync (30 to 45 % of the tensor cores' peak with D = 128: eight products take four ldmatrix)
-// and, close by, by exponentials.
+// memory a key and KV head, which limit decoding: blocks are short, and those that share a
+// multiprocessor ask for some 100 KiB of keys together. Prefill is bound by mma.sync, whose eight
+// products take four ldmatrix (half of the tensor cores' peak at best, with D = 128), and, close
+// by, by exponentials.
 #pragma once
 
 #include <type_traits>
@@ -79,7 +79,7 @@ __device__ __forceinline__ void add_rows(float (&stats)[kTiles][2],
   }
 }
 
-// Of a multiprocessor, as far as registers matter.
+// That registers allow a multiprocessor.
 template <class T, int kRows>
 inline constexpr int kColstatsBlocks = sizeof(T) == 4 ? 3
                                        : kRows == 16  ? 7
