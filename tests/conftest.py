@@ -67,12 +67,6 @@ def kernels(request):
 
 
 @pytest.fixture(scope="session", params=["native", "fallback"])
-def lookup_ops(request):
-    """The backends of the lookup family, which has no CUDA kernels yet."""
-    return backend(request.param)
-
-
-@pytest.fixture(scope="session", params=["native", "fallback"])
 def scan_ops(request):
     """The backends of the scan family, which has no CUDA kernels yet."""
     return checks.PLAIN if request.param == "fallback" else backend(request.param)

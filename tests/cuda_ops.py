@@ -23,15 +23,21 @@ import torch
 from torch import Tensor
 
 import memkernels
-from memkernels import _C, _library, attention, selection
+from memkernels import _C, _library, attention, lookup, selection
 
 SIMT = Path(__file__).parent / "simt"
 OPS = (
     "paged_attention", "gather_attention", "merge_states", "append_kv", "copy_pages", "compact_kv",
     "summarize_keys", "update_summaries", "score_pages", "select_topk", "evict",
-    "attention_colstats", "knn_topk", "indexer_scores",
+    "attention_colstats", "knn_topk", "indexer_scores", "product_key_topk", "embedding_bag",
+    "embedding_bag_backward", "row_sgd", "row_adagrad", "row_adam", "ngram_hash", "engram_gate",
+    "lsh_codes", "sparse_ffn",
 )  # fmt: skip
-DIFFERENTIABLE = "paged_attention", "gather_attention", "indexer_scores"
+DIFFERENTIABLE = (
+    "paged_attention", "gather_attention", "indexer_scores", "product_key_topk", "embedding_bag",
+    "engram_gate", "lsh_codes", "sparse_ffn",
+)  # fmt: skip
+MODULES = attention, selection, lookup
 ASYNC = {"eager": 0, "lazy": 1, "random": 2}
 
 
@@ -78,10 +84,8 @@ def _load(check: str) -> ctypes.CDLL:
     torch.ops.load_library(path)
     namespace = f"memkernels_simt{check}"
     autograd = torch.library.Library(namespace, "FRAGMENT")
-    for op in "paged_attention", "gather_attention":
-        overload = getattr(getattr(torch.ops, namespace), op).default
-        attention._register_attention(overload, attention._DIFFERENTIABLE, autograd)
-    selection._register_indexer(namespace, autograd)
+    for module in MODULES:
+        module._register_autograd(namespace, autograd)
     loaded = ctypes.CDLL(path)
     loaded.autograd = autograd  # registered as long as this lives
     return loaded
@@ -135,7 +139,7 @@ def emulated(check: str) -> list[tuple[ModuleType, dict[str, torch._ops.OpOverlo
                 if isinstance(op, torch._ops.OpOverload)
             },
         )
-        for module in (attention, selection)
+        for module in MODULES
     ]
 
 

@@ -60,37 +60,37 @@ def bag_sizes(draw):
 
 
 @at_random(sizes=bag_sizes())
-def test_bags_at_random(lookup_ops, sizes):
-    check_bag(lookup_ops, bag_case(**sizes))
+def test_bags_at_random(ops, sizes):
+    check_bag(ops, bag_case(**sizes))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_of_integers_are_exact_for_every_dim(lookup_ops, dtype):
+def test_sums_of_integers_are_exact_for_every_dim(ops, dtype):
     for dim in 1, 2, 7, 8, 9, 16, 31, 32, 33, 63, 65, 127, 192, 576, 1030:
         sizes = {"integers": True, "dtype": dtype, "seed": dim}
-        check_exact(lookup_ops, bag_case((5, 11), 40, dim, factors="same", **sizes))
-        check_exact(lookup_ops, bag_case(FLAT, 40, dim, **sizes))
+        check_exact(ops, bag_case((5, 11), 40, dim, factors="same", **sizes))
+        check_exact(ops, bag_case(FLAT, 40, dim, **sizes))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bags", [(300, 32), [2000, 1, 0, 3000]], ids=["equal", "long"])
-def test_many_rows(lookup_ops, bags, dtype):
+def test_many_rows(ops, bags, dtype):
     """Enough for several workers."""
-    check_bag(lookup_ops, bag_case(bags, 2000, 128, popular=True, factors="wide", dtype=dtype))
+    check_bag(ops, bag_case(bags, 2000, 128, popular=True, factors="wide", dtype=dtype))
 
 
 @pytest.mark.parametrize("factors", [None, "same"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bags", [(6, 5), FLAT], ids=["equal", "flat"])
-def test_a_drop_in_for_torch(lookup_ops, bags, dtype, factors):
+def test_a_drop_in_for_torch(ops, bags, dtype, factors):
     for index_dtype in INDEX_DTYPES:
         sizes = {"dtype": dtype, "index_dtype": index_dtype, "skipped": 0}
         arguments = bag_case(bags, 40, 24, factors=factors, **sizes)
         expected = torch.nn.functional.embedding_bag(**arguments, mode="sum")
-        torch.testing.assert_close(bag(lookup_ops, arguments), expected)
+        torch.testing.assert_close(bag(ops, arguments), expected)
 
 
-def test_empty_bags_are_zero(lookup_ops):
+def test_empty_bags_are_zero(ops):
     """Nothing listed, or nothing but -1; and no bags at all."""
     table = torch.full((1, 6), torch.nan)
     none, flat = torch.empty(0, 3, dtype=torch.long), torch.empty(0, dtype=torch.int32)
@@ -102,7 +102,7 @@ def test_empty_bags_are_zero(lookup_ops):
         (torch.tensor([-1, -1]), torch.tensor([0, 0, 2]), 3),
     ):
         for weight in table, table[:0]:
-            out = bag(lookup_ops, {"input": input, "weight": weight, "offsets": offsets})
+            out = bag(ops, {"input": input, "weight": weight, "offsets": offsets})
             assert_same_bits(out, torch.zeros(num_bags, 6))
 
 
@@ -127,11 +127,11 @@ def test_rows_are_added_in_the_order_of_the_bag():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", ["weight", "per_sample_weights"])
-def test_nan_reaches_only_the_bags_that_use_it(lookup_ops, name, value):
+def test_nan_reaches_only_the_bags_that_use_it(ops, name, value):
     """Even with a factor of zero."""
     arguments = bag_case((12, 9), 30, 20, factors="same")
     row, column = arguments["input"][3, 4].item(), 7
-    clean = bag(lookup_ops, arguments)
+    clean = bag(ops, arguments)
     readers = (arguments["input"] == row).any(1)
     assert row >= 0 and not readers.all()
     touched = torch.zeros_like(clean, dtype=torch.bool)
@@ -141,7 +141,7 @@ def test_nan_reaches_only_the_bags_that_use_it(lookup_ops, name, value):
     else:
         touched[3] = True
     place = (row, column) if name == "weight" else (3, 4)
-    dirty = bag(lookup_ops, arguments | {name: put(arguments[name], place, value)})
+    dirty = bag(ops, arguments | {name: put(arguments[name], place, value)})
     unused = ~touched
     unused[3] = False  # its factor has changed
     assert_same_bits(dirty[unused], clean[unused])
@@ -163,13 +163,13 @@ stored_types = pytest.mark.parametrize("stored", STORED)
     stored=st.sampled_from(STORED),
     scale_dtype=st.sampled_from(SCALES),
 )
-def test_quantised_bags_at_random(lookup_ops, sizes, block, blocks, **options):
+def test_quantised_bags_at_random(ops, sizes, block, blocks, **options):
     sizes |= {"dim": block * blocks, "dtype": torch.float32}
-    check_bag(lookup_ops, quantised_case(**sizes, block=block, **options), slack=4)
+    check_bag(ops, quantised_case(**sizes, block=block, **options), slack=4)
 
 
 @stored_types
-def test_every_number_of_a_byte(lookup_ops, stored):
+def test_every_number_of_a_byte(ops, stored):
     """Subnormal ones and NaN included; scales of both kinds, whatever the block."""
     weight = torch.arange(256).to(torch.uint8).view(stored).view(4, 64)
     rows, exact = torch.arange(4)[:, None], weight.float()
@@ -177,19 +177,19 @@ def test_every_number_of_a_byte(lookup_ops, stored):
         shape = 4, 64 // block
         scales = torch.arange(4 * 64 // block).view(shape) % 7 - 3.0
         expected = exact * scales.repeat_interleave(block, 1) + 0.0  # a sum has no -0
-        assert_same_bits(lookup_ops.embedding_bag(rows, weight, scales=scales), expected)
+        assert_same_bits(ops.embedding_bag(rows, weight, scales=scales), expected)
         exponents = (120 + torch.arange(4 * 64 // block).view(shape) % 9).to(torch.uint8)
         scales = 2.0 ** (exponents.float() - 127)
         expected = exact * scales.repeat_interleave(block, 1) + 0.0
-        assert_same_bits(lookup_ops.embedding_bag(rows, weight, scales=exponents), expected)
+        assert_same_bits(ops.embedding_bag(rows, weight, scales=exponents), expected)
 
 
 @stored_types
-def test_every_exponent(lookup_ops, stored):
+def test_every_exponent(ops, stored):
     """From 2 ** -127 to 2 ** 127; 255 is NaN, of its block alone."""
     exponents = torch.arange(256).to(torch.uint8).view(16, 16)
     weight = torch.ones(16, 32).to(stored)
-    out = lookup_ops.embedding_bag(torch.arange(16)[:, None], weight, scales=exponents)
+    out = ops.embedding_bag(torch.arange(16)[:, None], weight, scales=exponents)
     expected = 2.0 ** (torch.arange(256).double() - 127)
     expected[255] = torch.nan
     assert_same_bits(out, expected.float().view(16, 16).repeat_interleave(2, 1))
@@ -297,25 +297,25 @@ QUANTISED_ERRORS = {
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_errors_name_the_argument_and_change_nothing(lookup_ops, error):
+def test_errors_name_the_argument_and_change_nothing(ops, error):
     arguments = bag_case((5, 4), 9, 6, factors="same")
-    check_error(lookup_ops, "embedding_bag", arguments, ERRORS[error])
+    check_error(ops, "embedding_bag", arguments, ERRORS[error])
 
 
 @pytest.mark.parametrize("error", FLAT_ERRORS)
-def test_errors_of_flat_bags(lookup_ops, error):
+def test_errors_of_flat_bags(ops, error):
     arguments = bag_case([2, 4], 9, 6)
-    check_error(lookup_ops, "embedding_bag", arguments, FLAT_ERRORS[error])
+    check_error(ops, "embedding_bag", arguments, FLAT_ERRORS[error])
 
 
 @pytest.mark.parametrize("error", QUANTISED_ERRORS)
-def test_errors_of_quantised_tables(lookup_ops, error):
+def test_errors_of_quantised_tables(ops, error):
     arguments = bag_case((5, 4), 9, 6) | {"weight": INT8, "scales": torch.ones(9, 2)}
-    check_error(lookup_ops, "embedding_bag", arguments, QUANTISED_ERRORS[error])
+    check_error(ops, "embedding_bag", arguments, QUANTISED_ERRORS[error])
 
 
 @pytest.mark.parametrize("index_dtype", INDEX_DTYPES)
-def test_the_first_index_out_of_range_is_named(lookup_ops, index_dtype):
+def test_the_first_index_out_of_range_is_named(ops, index_dtype):
     weight = torch.zeros(9, 6)
     input = torch.zeros(5, 4, dtype=index_dtype)
     input[1, 3], input[2, 0] = 9, -2
@@ -323,4 +323,4 @@ def test_the_first_index_out_of_range_is_named(lookup_ops, index_dtype):
     for arguments, place in ({"input": input}, r"\[1, 3\]"), (flat, r"\[7\]"):
         message = rf"embedding_bag: input .*\b9\b.* {place}"
         with unchanged(*arguments.values()), pytest.raises(RuntimeError, match=message):
-            lookup_ops.embedding_bag(weight=weight, **arguments)
+            ops.embedding_bag(weight=weight, **arguments)

@@ -28,41 +28,41 @@ def rows_of(ops, arguments):
 
 
 @at_random(sizes=bag_sizes())
-def test_rows_at_random(lookup_ops, sizes):
+def test_rows_at_random(ops, sizes):
     arguments = backward_case(bag_case(**sizes))
-    rows, grads, count = check(lookup_ops, "embedding_bag_backward", arguments, slack=2)
+    rows, grads, count = check(ops, "embedding_bag_backward", arguments, slack=2)
     assert (rows.dtype, grads.dtype, count.dtype) == (torch.int64, wide(sizes["dtype"]), rows.dtype)
     assert len(rows) == len(grads) == arguments["input"].numel() and count.shape == (1,)
 
 
 @at_random(sizes=bag_sizes(), in_wide=st.booleans())
-def test_buffers_at_random(lookup_ops, sizes, in_wide):
+def test_buffers_at_random(ops, sizes, in_wide):
     """Rows that no bag reads are NaN, and stay so."""
     arguments = backward_case(bag_case(**sizes))
     generator = torch.Generator().manual_seed(sizes["seed"])
     out = torch.randn(sizes["num_rows"], sizes["dim"], generator=generator)
     out = out.to(wide(sizes["dtype"]) if in_wide else sizes["dtype"])
     out = poison_unread(out, arguments["input"])
-    check(lookup_ops, "embedding_bag_backward", arguments | {"out": out}, slack=2)
-    assert lookup_ops.embedding_bag_backward(**arguments, out=out) is out
+    check(ops, "embedding_bag_backward", arguments | {"out": out}, slack=2)
+    assert ops.embedding_bag_backward(**arguments, out=out) is out
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_of_integers_are_exact_for_every_dim(lookup_ops, dtype):
+def test_gradients_of_integers_are_exact_for_every_dim(ops, dtype):
     for dim in 1, 7, 8, 16, 33, 64, 130, 576:
         sizes = {"factors": "same", "popular": True, "integers": True, "dtype": dtype, "seed": dim}
         arguments = backward_case(bag_case((7, 20), 30, dim, **sizes))
         exact = [torch.from_numpy(x) for x in reference.embedding_bag_backward(**arrays(arguments))]
         exact[1] = exact[1].to(wide(dtype))
-        assert_same_bits(rows_of(lookup_ops, arguments), tuple(exact))
+        assert_same_bits(rows_of(ops, arguments), tuple(exact))
         out = torch.full((30, dim), 3.0, dtype=dtype)
         exact = reference.embedding_bag_backward(**arrays(arguments | {"out": out}))
-        actual = rows_of(lookup_ops, arguments | {"out": out})
+        actual = rows_of(ops, arguments | {"out": out})
         assert_same_bits(actual, torch.from_numpy(exact).to(dtype))
 
 
 @pytest.mark.parametrize("index_dtype", INDEX_DTYPES)
-def test_rows_of_nothing(lookup_ops, index_dtype):
+def test_rows_of_nothing(ops, index_dtype):
     empty = torch.empty(0, 3, dtype=index_dtype)
     for input, offsets, bags in (
         (empty, None, 0),
@@ -73,39 +73,39 @@ def test_rows_of_nothing(lookup_ops, index_dtype):
         grad = torch.full((bags, 4), torch.nan)
         for num_rows in 9, 0:
             arguments = {"grad": grad, "input": input, "num_embeddings": num_rows}
-            rows, grads, count = rows_of(lookup_ops, arguments | {"offsets": offsets})
+            rows, grads, count = rows_of(ops, arguments | {"offsets": offsets})
             assert count.tolist() == [0] and (rows == -1).all() and not grads.any()
             assert grads.shape == (input.numel(), 4)
             out = torch.full((num_rows, 4), torch.nan)
-            lookup_ops.embedding_bag_backward(**arguments, offsets=offsets, out=out)
+            ops.embedding_bag_backward(**arguments, offsets=offsets, out=out)
             assert out.isnan().all()
 
 
-def test_layers_that_share_a_table_add_to_one_buffer(lookup_ops):
+def test_layers_that_share_a_table_add_to_one_buffer(ops):
     """A strided one: every other column of a wider buffer's rows."""
     one, other = bag_case((6, 5), 20, 12), bag_case(FLAT, 20, 12, factors="same", seed=1)
     leaf = torch.randn(20, 12).requires_grad_()
     buffer = torch.zeros(20, 24)[:, :12]
     for arguments in one, other:
-        out = lookup_ops.embedding_bag(**arguments | {"weight": leaf})
+        out = ops.embedding_bag(**arguments | {"weight": leaf})
         out.backward(upstream(out))
         del arguments["weight"]
-        lookup_ops.embedding_bag_backward(upstream(out), **arguments, num_embeddings=20, out=buffer)
+        ops.embedding_bag_backward(upstream(out), **arguments, num_embeddings=20, out=buffer)
     torch.testing.assert_close(buffer, leaf.grad)
 
 
-def test_the_version_of_the_buffer_alone_is_bumped(lookup_ops):
+def test_the_version_of_the_buffer_alone_is_bumped(ops):
     arguments = backward_case(bag_case((6, 5), 20, 12)) | {"out": torch.zeros(20, 12)}
     weight = torch.ones(1, requires_grad=True)
     product = (weight * arguments["out"]).sum()
     versions = arguments["grad"]._version, arguments["out"]._version
-    lookup_ops.embedding_bag_backward(**arguments)
+    ops.embedding_bag_backward(**arguments)
     assert arguments["grad"]._version == versions[0]
     assert arguments["out"]._version > versions[1]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
     with torch.inference_mode():
-        lookup_ops.embedding_bag_backward(**arguments | {"out": torch.zeros(20, 12)})
+        ops.embedding_bag_backward(**arguments | {"out": torch.zeros(20, 12)})
 
 
 ERRORS = {
@@ -144,16 +144,16 @@ OUT_ERRORS = ERRORS | {
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_errors_of_rows(lookup_ops, error):
+def test_errors_of_rows(ops, error):
     arguments = backward_case(bag_case((5, 4), 9, 6, factors="same", skipped=0))
-    check_error(lookup_ops, "embedding_bag_backward", put_last_row(arguments), ERRORS[error])
+    check_error(ops, "embedding_bag_backward", put_last_row(arguments), ERRORS[error])
 
 
 @pytest.mark.parametrize("error", OUT_ERRORS)
-def test_errors_of_buffers_change_nothing(lookup_ops, error):
+def test_errors_of_buffers_change_nothing(ops, error):
     arguments = backward_case(bag_case((5, 4), 9, 6, factors="same", skipped=0))
     arguments = put_last_row(arguments) | {"out": torch.zeros(9, 6)}
-    check_error(lookup_ops, "embedding_bag_backward", arguments, OUT_ERRORS[error])
+    check_error(ops, "embedding_bag_backward", arguments, OUT_ERRORS[error])
 
 
 def put_last_row(arguments):
@@ -180,14 +180,14 @@ def test_gradients_at_random(sizes):
 
 @pytest.mark.parametrize("factors", [None, "same"])
 @BAGS
-def test_gradcheck(lookup_ops, bags, factors):
+def test_gradcheck(ops, bags, factors):
     arguments = bag_case(bags, 4, 3, factors=factors, dtype=torch.float64)
     leaves = {"weight": arguments["weight"].nan_to_num()}
     if factors:
         leaves["per_sample_weights"] = arguments["per_sample_weights"].nan_to_num()
 
     def out(*values):
-        return lookup_ops.embedding_bag(**arguments | dict(zip(leaves, values, strict=True)))
+        return ops.embedding_bag(**arguments | dict(zip(leaves, values, strict=True)))
 
     assert torch.autograd.gradcheck(out, [leaf.requires_grad_() for leaf in leaves.values()])
 
@@ -195,23 +195,23 @@ def test_gradcheck(lookup_ops, bags, factors):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @sparse_or_dense
 @BAGS
-def test_gradients_are_those_of_torch(lookup_ops, bags, sparse, dtype):
+def test_gradients_are_those_of_torch(ops, bags, sparse, dtype):
     arguments = bag_case(bags, 40, 24, skipped=0, popular=True, dtype=dtype) | {"sparse": sparse}
     arguments["weight"] = arguments["weight"].nan_to_num().requires_grad_()
     expected = torch.nn.functional.embedding_bag(**arguments, mode="sum")
     (expected,) = torch.autograd.grad(expected, arguments["weight"], upstream(expected))
-    (grad,) = gradients(lookup_ops.embedding_bag, arguments, ["weight"]).values()
+    (grad,) = gradients(ops.embedding_bag, arguments, ["weight"]).values()
     assert grad.layout == expected.layout
     torch.testing.assert_close(grad.to_dense(), expected.to_dense())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bags", [(6, 5), FLAT, (3, 4)], ids=["equal", "flat", "none"])
-def test_sparse_gradients_are_rows_of_the_dense_one(lookup_ops, bags, dtype):
+def test_sparse_gradients_are_rows_of_the_dense_one(ops, bags, dtype):
     skipped = 1 if bags == (3, 4) else 0.2
     arguments = bag_case(bags, 40, 24, factors="same", dtype=dtype, skipped=skipped)
-    dense = gradients(lookup_ops.embedding_bag, arguments)
-    sparse = gradients(lookup_ops.embedding_bag, arguments | {"sparse": True})
+    dense = gradients(ops.embedding_bag, arguments)
+    sparse = gradients(ops.embedding_bag, arguments | {"sparse": True})
     assert_same_bits(sparse["per_sample_weights"], dense["per_sample_weights"])
     grad, input = sparse["weight"], arguments["input"]
     assert grad.is_sparse and grad.is_coalesced() and grad.shape == arguments["weight"].shape
@@ -222,15 +222,14 @@ def test_sparse_gradients_are_rows_of_the_dense_one(lookup_ops, bags, dtype):
 
 
 @sparse_or_dense
-def test_layers_that_share_a_table_accumulate(lookup_ops, sparse):
+def test_layers_that_share_a_table_accumulate(ops, sparse):
     layers = bag_case((6, 5), 20, 12), bag_case((3, 9), 20, 12, factors="same", seed=1)
     alone = [
-        gradients(lookup_ops.embedding_bag, x | {"weight": torch.ones(20, 12)}, ["weight"])
-        for x in layers
+        gradients(ops.embedding_bag, x | {"weight": torch.ones(20, 12)}, ["weight"]) for x in layers
     ]
     leaf = torch.ones(20, 12).requires_grad_()
     for arguments in layers:
-        out = lookup_ops.embedding_bag(**arguments | {"weight": leaf, "sparse": sparse})
+        out = ops.embedding_bag(**arguments | {"weight": leaf, "sparse": sparse})
         out.backward(upstream(out))
     assert leaf.grad.is_sparse == sparse
     expected = alone[0]["weight"] + alone[1]["weight"]
@@ -238,28 +237,28 @@ def test_layers_that_share_a_table_accumulate(lookup_ops, sparse):
 
 
 @pytest.mark.parametrize("names", [["weight"], ["per_sample_weights"]])
-def test_each_gradient_only_if_asked_for(lookup_ops, names):
+def test_each_gradient_only_if_asked_for(ops, names):
     """Asking for fewer changes no bits of those asked for."""
     arguments = bag_case((6, 5), 20, 12, factors="same")
-    every = gradients(lookup_ops.embedding_bag, arguments)
-    fewer = gradients(lookup_ops.embedding_bag, arguments, names)
+    every = gradients(ops.embedding_bag, arguments)
+    fewer = gradients(ops.embedding_bag, arguments, names)
     assert_same_bits(fewer, {name: every[name] for name in names})
 
 
-def test_nan_reaches_only_the_gradients_that_use_it(lookup_ops):
+def test_nan_reaches_only_the_gradients_that_use_it(ops):
     arguments = bag_case((12, 4), 30, 20, factors="same")
     input = arguments["input"]
-    clean = gradients(lookup_ops.embedding_bag, arguments)
+    clean = gradients(ops.embedding_bag, arguments)
     row = input[3][input[3] >= 0][0]
     poisoned = arguments | {"weight": put(arguments["weight"], (row, 7), torch.nan)}
-    dirty = gradients(lookup_ops.embedding_bag, poisoned)
+    dirty = gradients(ops.embedding_bag, poisoned)
     assert_same_bits(dirty["weight"], clean["weight"])
     users = input == row
     assert dirty["per_sample_weights"][users].isnan().all()
     assert_same_bits(dirty["per_sample_weights"][~users], clean["per_sample_weights"][~users])
 
     def poisoned_upstream(**arguments):
-        out = lookup_ops.embedding_bag(**arguments)
+        out = ops.embedding_bag(**arguments)
         return out * put(torch.ones(out.shape), (3, 7), torch.nan)
 
     dirty = gradients(poisoned_upstream, arguments)
@@ -290,11 +289,11 @@ def test_same_gradients_every_time_and_for_any_threads(num_threads, index, dtype
         assert_same_bits(rows_of(memkernels, backward_case(arguments)), rows)
 
 
-def test_strided_gradient_of_the_result(lookup_ops):
+def test_strided_gradient_of_the_result(ops):
     arguments = bag_case((6, 5), 20, 12, factors="same")
     names = ["weight", "per_sample_weights"]
     leaves = [arguments[name].requires_grad_() for name in names]
-    out = lookup_ops.embedding_bag(**arguments)
+    out = ops.embedding_bag(**arguments)
     for dout in torch.randn(6, 24)[:, ::2], torch.randn(12, 6).T, torch.ones(()).expand(6, 12):
         strided = torch.autograd.grad(out, leaves, dout, retain_graph=True)
         contiguous = torch.autograd.grad(out, leaves, dout.contiguous(), retain_graph=True)
@@ -313,18 +312,18 @@ def test_differentiable_once(name, sparse):
 
 
 @pytest.mark.parametrize("name", ["weight", "scales"])
-def test_quantised_tables_have_no_gradient(lookup_ops, name):
+def test_quantised_tables_have_no_gradient(ops, name):
     arguments = {"weight": torch.ones(9, 6).to(FP8), "scales": torch.ones(9, 2)}
     arguments[name].requires_grad_()
     arguments["input"] = torch.zeros(3, 2, dtype=torch.long)
     message = r"embedding_bag: .*not differentiable"
     with unchanged(*arguments.values()), pytest.raises(RuntimeError, match=message):
-        lookup_ops.embedding_bag(**arguments)
+        ops.embedding_bag(**arguments)
 
 
 @pytest.mark.parametrize("stored", [torch.int8, FP8])
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.uint8])
-def test_factors_of_a_quantised_table_have_a_gradient(lookup_ops, stored, scale_dtype):
+def test_factors_of_a_quantised_table_have_a_gradient(ops, stored, scale_dtype):
     options = {"block": 8, "stored": stored, "scale_dtype": scale_dtype, "factors": "same"}
     for bags in (6, 5), FLAT:
         arguments = quantised_case(bags, 20, 40, **options)
@@ -334,8 +333,8 @@ def test_factors_of_a_quantised_table_have_a_gradient(lookup_ops, stored, scale_
         weight = arguments["weight"].float() * scales.repeat_interleave(8, 1)
         plain = arguments | {"weight": weight, "scales": None}
         name = ["per_sample_weights"]
-        expected = gradients(lookup_ops.embedding_bag, plain, name)
-        actual = gradients(lookup_ops.embedding_bag, arguments, name)
+        expected = gradients(ops.embedding_bag, plain, name)
+        actual = gradients(ops.embedding_bag, arguments, name)
         torch.testing.assert_close(actual, expected)
 
 

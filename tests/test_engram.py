@@ -53,11 +53,11 @@ FEW_IDS = {"vocabulary": 11}  # with an eos, or a negative id, in most n-grams
     dtype=st.sampled_from(INDEX_DTYPES),
     seed=st.integers(0, 2**16),
 )
-def test_hashes_at_random(lookup_ops, **sizes):
-    hashed(lookup_ops, hash_case(**sizes))
+def test_hashes_at_random(ops, **sizes):
+    hashed(ops, hash_case(**sizes))
 
 
-def test_hashes_of_extreme_numbers(lookup_ops):
+def test_hashes_of_extreme_numbers(ops):
     """Products wrap; the modulo has the sign of the modulus."""
     least, most = -(2**63), 2**63 - 1
     multipliers = [1, 3, most, least, -1, 2**62 + 1, least + 1]
@@ -65,38 +65,38 @@ def test_hashes_of_extreme_numbers(lookup_ops):
     moduli = torch.tensor([1, 2, 3, 2**31, 2**31 - 1, 2**62, most - 1, most])
     for multiplier in multipliers:
         tensors = torch.tensor([multiplier]), moduli, torch.zeros_like(moduli)
-        rows = lookup_ops.ngram_hash(ids, *tensors, orders=[1])
+        rows = ops.ngram_hash(ids, *tensors, orders=[1])
         for t, token in enumerate(ids[0].tolist()):
             product = (token * multiplier - least) % 2**64 + least
             assert rows[0, t].tolist() == [product % m for m in moduli.tolist()]
 
 
-def test_many_tokens(lookup_ops):
-    hashed(lookup_ops, hash_case([700, 0, 900], [2, 3], heads=8, eos_id=3, **FEW_IDS))
+def test_many_tokens(ops):
+    hashed(ops, hash_case([700, 0, 900], [2, 3], heads=8, eos_id=3, **FEW_IDS))
 
 
 @pytest.mark.parametrize("eos_id", [None, 2])
 @pytest.mark.parametrize("orders", ORDERS)
-def test_tokens_one_by_one_hash_as_together(lookup_ops, orders, eos_id):
+def test_tokens_one_by_one_hash_as_together(ops, orders, eos_id):
     """A cache of the last ids is all that decoding needs; packing changes nothing either."""
     arguments = hash_case((2, 12), orders, past=True, eos_id=eos_id, **FEW_IDS)
-    together = hashed(lookup_ops, arguments)
+    together = hashed(ops, arguments)
     for sequence in 0, 1:
         for start, stop in [(t, t + 1) for t in range(12)] + [(0, 5), (5, 12), (4, 4)]:
-            alone = hashed(lookup_ops, of_tokens(arguments, sequence, start, stop))
+            alone = hashed(ops, of_tokens(arguments, sequence, start, stop))
             assert_same_bits(alone[0], together[sequence, start:stop])
     packed = arguments | {
         "token_ids": arguments["token_ids"].view(1, -1),
         "cu_seqlens": torch.tensor([0, 12, 24]),
     }
-    assert_same_bits(hashed(lookup_ops, packed), together.view(1, 24, -1))
+    assert_same_bits(hashed(ops, packed), together.view(1, 24, -1))
 
 
-def test_hashes_of_no_tokens(lookup_ops):
-    assert hashed(lookup_ops, hash_case((0, 5), [2, 3])).shape == (0, 5, 4)
-    assert hashed(lookup_ops, hash_case((3, 0), [2, 3], past=True)).shape == (3, 0, 4)
-    assert hashed(lookup_ops, hash_case([0, 0], [2, 3])).shape == (1, 0, 4)
-    assert hashed(lookup_ops, hash_case([], [2, 3])).shape == (1, 0, 4)
+def test_hashes_of_no_tokens(ops):
+    assert hashed(ops, hash_case((0, 5), [2, 3])).shape == (0, 5, 4)
+    assert hashed(ops, hash_case((3, 0), [2, 3], past=True)).shape == (3, 0, 4)
+    assert hashed(ops, hash_case([0, 0], [2, 3])).shape == (1, 0, 4)
+    assert hashed(ops, hash_case([], [2, 3])).shape == (1, 0, 4)
 
 
 HASH_ERRORS = {
@@ -136,15 +136,15 @@ PACKED_ERRORS = {
 
 
 @pytest.mark.parametrize("error", HASH_ERRORS)
-def test_hash_errors_name_the_argument_and_change_nothing(lookup_ops, error):
+def test_hash_errors_name_the_argument_and_change_nothing(ops, error):
     arguments = hash_case((2, 9), [2, 3], past=True)
-    check_error(lookup_ops, "ngram_hash", arguments, HASH_ERRORS[error])
+    check_error(ops, "ngram_hash", arguments, HASH_ERRORS[error])
 
 
 @pytest.mark.parametrize("error", PACKED_ERRORS)
-def test_hash_errors_of_packed_sequences(lookup_ops, error):
+def test_hash_errors_of_packed_sequences(ops, error):
     arguments = hash_case([5, 4], [2, 3], past=True)
-    check_error(lookup_ops, "ngram_hash", arguments, PACKED_ERRORS[error])
+    check_error(ops, "ngram_hash", arguments, PACKED_ERRORS[error])
 
 
 # ---- engram_gate ---------------------------------------------------------------------------------
@@ -163,37 +163,37 @@ signs = pytest.mark.parametrize("sign", SIGNS)
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**16),
 )
-def test_gates_at_random(lookup_ops, **sizes):
+def test_gates_at_random(ops, **sizes):
     arguments = gate_case(**sizes)
-    out = check(lookup_ops, "engram_gate", arguments, slack=8)
+    out = check(ops, "engram_gate", arguments, slack=8)
     assert out.dtype == sizes["dtype"] and out.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gates_of_many_tokens(lookup_ops, dtype):
-    check(lookup_ops, "engram_gate", gate_case(70, 4, 1024, dtype=dtype), slack=8)
+def test_gates_of_many_tokens(ops, dtype):
+    check(ops, "engram_gate", gate_case(70, 4, 1024, dtype=dtype), slack=8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_does_not_match_is_taken_by_half(lookup_ops, dtype):
+def test_what_does_not_match_is_taken_by_half(ops, dtype):
     """With the sign of a zero, by slightly more; a sum of zeros is positive."""
     arguments = gate_case(5, 3, 40, dtype=dtype)
     arguments["k"][2] = 0
-    out = outcome(lookup_ops, "engram_gate", arguments)
+    out = outcome(ops, "engram_gate", arguments)
     assert_same_bits(out[2], (arguments["v"][2] / 2).expand(3, -1).contiguous())
-    out = check(lookup_ops, "engram_gate", arguments | {"sign": "copy"}, slack=8)
+    out = check(ops, "engram_gate", arguments | {"sign": "copy"}, slack=8)
     if wide(dtype) == dtype:
         assert (out[2].abs() > arguments["v"][2].abs() / 2).all()
 
 
 @signs
 @pytest.mark.parametrize("name", ["hidden", "k", "v"])
-def test_nan_reaches_only_the_gates_that_use_it(lookup_ops, name, sign):
+def test_nan_reaches_only_the_gates_that_use_it(ops, name, sign):
     arguments = gate_case(6, 3, 20, sign=sign)
-    clean = outcome(lookup_ops, "engram_gate", arguments)
+    clean = outcome(ops, "engram_gate", arguments)
     place = (4, 7) if name == "v" else (4, 1, 7)
     dirty = arguments | {name: put(arguments[name], place, torch.nan)}
-    actual = outcome(lookup_ops, "engram_gate", dirty)
+    actual = outcome(ops, "engram_gate", dirty)
     touched = torch.zeros_like(clean, dtype=torch.bool)
     touched[(4, slice(None), 7) if name == "v" else (4, 1)] = True
     assert_same_bits(actual[~touched], clean[~touched])
@@ -210,19 +210,19 @@ def test_gradients_of_gates(sign, wide_weight, dtype):
 
 
 @signs
-def test_gradcheck_of_gates(lookup_ops, sign):
+def test_gradcheck_of_gates(ops, sign):
     arguments = gate_case(3, 2, 5, dtype=torch.float64)
     leaves = [x.requires_grad_() for x in arguments.values()]
-    assert torch.autograd.gradcheck(lambda *x: lookup_ops.engram_gate(*x, sign=sign), leaves)
+    assert torch.autograd.gradcheck(lambda *x: ops.engram_gate(*x, sign=sign), leaves)
 
 
 @signs
-def test_below_the_clamp_no_gradient_passes(lookup_ops, sign):
+def test_below_the_clamp_no_gradient_passes(ops, sign):
     """But that of the value."""
     arguments = gate_case(5, 1, 40, sign=sign)
     arguments["k"][2] = 0
     arguments["hidden"][3] *= 1e-9
-    grads = gradients(lookup_ops.engram_gate, arguments)
+    grads = gradients(ops.engram_gate, arguments)
     for row in 2, 3:
         assert not grads["hidden"][row].any() and not grads["k"][row].any()
         assert grads["v"][row].any()
@@ -231,10 +231,10 @@ def test_below_the_clamp_no_gradient_passes(lookup_ops, sign):
 
 
 @pytest.mark.parametrize("names", [["hidden"], ["k"], ["v"], ["weight"], ["k", "weight"]])
-def test_each_gradient_of_gates_only_if_asked_for(lookup_ops, names):
+def test_each_gradient_of_gates_only_if_asked_for(ops, names):
     arguments = gate_case(9, 3, 20)
-    every = gradients(lookup_ops.engram_gate, arguments)
-    fewer = gradients(lookup_ops.engram_gate, arguments, names)
+    every = gradients(ops.engram_gate, arguments)
+    fewer = gradients(ops.engram_gate, arguments, names)
     assert_same_bits(fewer, {name: every[name] for name in names})
 
 
@@ -261,8 +261,8 @@ GATE_ERRORS = {
 
 
 @pytest.mark.parametrize("error", GATE_ERRORS)
-def test_gate_errors_name_the_argument_and_change_nothing(lookup_ops, error):
-    check_error(lookup_ops, "engram_gate", gate_case(5, 3, 8), GATE_ERRORS[error])
+def test_gate_errors_name_the_argument_and_change_nothing(ops, error):
+    check_error(ops, "engram_gate", gate_case(5, 3, 8), GATE_ERRORS[error])
 
 
 # ---- lsh_codes -----------------------------------------------------------------------------------
@@ -275,25 +275,25 @@ def test_gate_errors_name_the_argument_and_change_nothing(lookup_ops, error):
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**16),
 )
-def test_codes_at_random(lookup_ops, **sizes):
-    codes, scores = check(lookup_ops, "lsh_codes", codes_case(**sizes), slack=ALONE)
+def test_codes_at_random(ops, **sizes):
+    codes, scores = check(ops, "lsh_codes", codes_case(**sizes), slack=ALONE)
     assert codes.dtype == torch.int32 and scores.dtype == wide(sizes["dtype"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_codes_of_many_tokens(lookup_ops, dtype):
-    check(lookup_ops, "lsh_codes", codes_case(300, 64, 8, dtype=dtype), slack=ALONE)
+def test_codes_of_many_tokens(ops, dtype):
+    check(ops, "lsh_codes", codes_case(300, 64, 8, dtype=dtype), slack=ALONE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_special_numbers_have_their_bits(lookup_ops, dtype):
+def test_special_numbers_have_their_bits(ops, dtype):
     """Either zero is positive, NaN negative; scores are infinite or NaN where z is."""
     special = torch.tensor([0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan, 1e4, -1e4])
     generator = torch.Generator().manual_seed(0)
     for bits in 1, 2, 7, 8, 9, 16, 17, 30:
         places = torch.randint(9, (20, 3, bits), generator=generator)
         z = special[places].to(dtype)
-        codes, scores = lookup_ops.lsh_codes(z)
+        codes, scores = ops.lsh_codes(z)
         exact_codes, exact_scores = reference.lsh_codes(**arrays({"z": z}))
         np.testing.assert_array_equal(codes.numpy(), exact_codes)
         np.testing.assert_allclose(scores.double().numpy(), exact_scores, rtol=1e-5, atol=1e-6)
@@ -305,27 +305,27 @@ def test_gradients_of_codes(dtype):
         check_gradients(memkernels, "lsh_codes", codes_case(*sizes, dtype=dtype), slack=8)
 
 
-def test_gradcheck_of_codes(lookup_ops):
+def test_gradcheck_of_codes(ops):
     z = codes_case(4, 3, 5, dtype=torch.float64)["z"].requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: lookup_ops.lsh_codes(z)[1], [z])
+    assert torch.autograd.gradcheck(lambda z: ops.lsh_codes(z)[1], [z])
 
 
-def test_gradients_of_zeros_are_zero(lookup_ops):
+def test_gradients_of_zeros_are_zero(ops):
     """As torch has the gradient of the absolute value; huge numbers have that of their sum."""
     z = torch.tensor([[[0.0, -0.0, 3.0, -3.0], [0, 0, 0, 0], [1e4, -1e4, 9e4, 50]]])
-    (grad,) = gradients(lookup_ops.lsh_codes, {"z": z}).values()
+    (grad,) = gradients(ops.lsh_codes, {"z": z}).values()
     assert not grad[0, 0, :2].any() and not grad[0, 1].any() and grad[0, 0, 2:].all()
     assert grad.isfinite().all()
     assert_same_bits(grad[0, 2, 1], -grad[0, 2, 0])
 
 
-def test_a_read_of_addressed_tables(lookup_ops):
+def test_a_read_of_addressed_tables(ops):
     """MemoryFormer: one row of each table, by its code, weighed by its score."""
     z = codes_case(7, 3, 4, dtype=torch.float64)["z"].requires_grad_()
     tables = torch.randn(3, 16, 10, dtype=torch.float64)
-    codes, scores = lookup_ops.lsh_codes(z)
+    codes, scores = ops.lsh_codes(z)
     rows = codes + torch.arange(3, dtype=torch.int32) * 16
-    actual = lookup_ops.embedding_bag(rows, tables.flatten(0, 1), per_sample_weights=scores)
+    actual = ops.embedding_bag(rows, tables.flatten(0, 1), per_sample_weights=scores)
     expected = sum(scores[:, i, None] * tables[i, codes[:, i].long()] for i in range(3))
     torch.testing.assert_close(actual, expected)
     grads = [
@@ -343,5 +343,5 @@ CODE_ERRORS = {
 
 
 @pytest.mark.parametrize("error", CODE_ERRORS)
-def test_code_errors_name_the_argument(lookup_ops, error):
-    check_error(lookup_ops, "lsh_codes", codes_case(5, 3, 4), CODE_ERRORS[error])
+def test_code_errors_name_the_argument(ops, error):
+    check_error(ops, "lsh_codes", codes_case(5, 3, 4), CODE_ERRORS[error])

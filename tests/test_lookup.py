@@ -99,16 +99,16 @@ def layouts(tensor):
 
 
 @each_example
-def test_strided_inputs_work_or_are_refused_by_name(lookup_ops, example):
+def test_strided_inputs_work_or_are_refused_by_name(ops, example):
     """Rows lie anywhere; that they are contiguous may be asked for."""
     op, arguments = arguments_of(example)
-    expected = outcome(lookup_ops, op, arguments)
+    expected = outcome(ops, op, arguments)
     for name, tensor in tensors(arguments).items():
         if name in WRITTEN.get(op, []):
             continue
         for strided, contiguous_rows in layouts(tensor):
             try:
-                actual = outcome(lookup_ops, op, arguments | {name: strided})
+                actual = outcome(ops, op, arguments | {name: strided})
             except RuntimeError as error:
                 assert f"{op}: {name}" in str(error)
                 assert not contiguous_rows
@@ -117,16 +117,16 @@ def test_strided_inputs_work_or_are_refused_by_name(lookup_ops, example):
 
 
 @each_differentiable
-def test_gradients_of_strided_inputs(lookup_ops, example):
+def test_gradients_of_strided_inputs(ops, example):
     op, arguments = arguments_of(example)
-    function = getattr(lookup_ops, op)
+    function = getattr(ops, op)
     expected = gradients(function, arguments)
     strided = arguments | {name: apart(t, 0) for name, t in tensors(arguments).items()}
     torch.testing.assert_close(gradients(function, strided), expected, equal_nan=True)
 
 
 @each_differentiable
-def test_gradients_of_expanded_inputs(lookup_ops, example):
+def test_gradients_of_expanded_inputs(ops, example):
     """One row for all tokens; and a gradient of the result with strides of 0."""
     op, arguments = arguments_of(example)
     name = next(iter(floats(arguments)))
@@ -134,7 +134,7 @@ def test_gradients_of_expanded_inputs(lookup_ops, example):
     grads = []
     for all_rows in rows, rows.contiguous():
         leaf = all_rows.detach().requires_grad_()
-        result = floating(getattr(lookup_ops, op)(**arguments | {name: leaf}))
+        result = floating(getattr(ops, op)(**arguments | {name: leaf}))
         grads += torch.autograd.grad(result.sum(), leaf)
     assert_same_bits(*grads)
 

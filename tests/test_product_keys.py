@@ -80,27 +80,27 @@ def searches(draw, **options):
 
 
 @at_random(arguments=searches(integers=True))
-def test_integers_at_random(lookup_ops, arguments):
+def test_integers_at_random(ops, arguments):
     """Ties are everywhere."""
-    check_exact(lookup_ops, arguments)
+    check_exact(ops, arguments)
 
 
 @at_random(arguments=searches())
-def test_keys_at_random(lookup_ops, arguments):
-    check_near(lookup_ops, arguments)
+def test_keys_at_random(ops, arguments):
+    check_near(ops, arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "k"), [(128, 128), (513, 32)])
-def test_many_keys(lookup_ops, size, k, dtype):
-    check_near(lookup_ops, product_key_case(3, size, k, head_dim=64, dtype=dtype))
+def test_many_keys(ops, size, k, dtype):
+    check_near(ops, product_key_case(3, size, k, head_dim=64, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_best_are_those_of_all_pairs(lookup_ops, dtype):
+def test_the_best_are_those_of_all_pairs(ops, dtype):
     sizes = {"head_dim": 3, "integers": True, "dtype": dtype}
     arguments = product_key_case(40, 60, 50, **sizes)
-    scores, indices = best(lookup_ops, arguments)
+    scores, indices = best(ops, arguments)
     pairs = torch.arange(60 * 60).expand(40, 2, -1)
     order = exact_scores(arguments, pairs)[0].sort(dim=-1, descending=True, stable=True)
     assert_same_bits(indices, order.indices[..., :50])
@@ -122,7 +122,7 @@ def test_copies_of_a_key_are_equally_good(tokens, dtype):
 
 
 @at_random(data=st.data(), dtype=st.sampled_from(DTYPES))
-def test_special_scores_at_random(lookup_ops, data, dtype):
+def test_special_scores_at_random(ops, data, dtype):
     """NaN and -inf are never found; where fewer than k are, -inf and -1."""
     size = data.draw(st.integers(1, 6))
     values = st.sampled_from([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.0, -1.0, 2.0])
@@ -132,15 +132,15 @@ def test_special_scores_at_random(lookup_ops, data, dtype):
         "keys": torch.tensor(keys, dtype=dtype).view(1, 2, size, 1),
         "k": data.draw(st.integers(1, size)),
     }
-    check_exact(lookup_ops, arguments)
+    check_exact(ops, arguments)
 
 
-def test_nan_of_a_query_stays_in_its_token_and_head(lookup_ops):
+def test_nan_of_a_query_stays_in_its_token_and_head(ops):
     arguments = product_key_case(9, 20, 7)
-    scores, indices = best(lookup_ops, arguments)
+    scores, indices = best(ops, arguments)
     dirty = arguments | {"query": put(arguments["query"], (3, 1, 0, 5), torch.nan)}
     scores[3, 1], indices[3, 1] = -torch.inf, -1
-    assert_same_bits(best(lookup_ops, dirty), (scores, indices))
+    assert_same_bits(best(ops, dirty), (scores, indices))
 
 
 PRODUCT_KEY_ERRORS = {
@@ -164,16 +164,16 @@ PRODUCT_KEY_ERRORS = {
 
 
 @pytest.mark.parametrize("error", PRODUCT_KEY_ERRORS)
-def test_product_key_errors_name_the_argument_and_change_nothing(lookup_ops, error):
+def test_product_key_errors_name_the_argument_and_change_nothing(ops, error):
     arguments = product_key_case(5, 20, 3)
-    check_error(lookup_ops, "product_key_topk", arguments, PRODUCT_KEY_ERRORS[error])
+    check_error(ops, "product_key_topk", arguments, PRODUCT_KEY_ERRORS[error])
 
 
-def test_65536_keys_of_a_half(lookup_ops):
+def test_65536_keys_of_a_half(ops):
     """The largest index is that of the last pair."""
     keys = torch.zeros(1, 2, 65536, 1)
     keys[:, :, -1] = 1
-    scores, indices = lookup_ops.product_key_topk(torch.ones(1, 1, 2, 1), keys, 2)
+    scores, indices = ops.product_key_topk(torch.ones(1, 1, 2, 1), keys, 2)
     assert indices.tolist() == [[[2**32 - 1, 65535]]]
     assert scores.tolist() == [[[2, 1]]]
 
@@ -188,33 +188,33 @@ def test_gradients_of_scores(dtype):
         check_gradients(memkernels, "product_key_topk", arguments)
 
 
-def test_gradcheck_of_scores(lookup_ops):
+def test_gradcheck_of_scores(ops):
     arguments = product_key_case(3, 6, 4, head_dim=3, dtype=torch.float64)
     leaves = [arguments[name].requires_grad_() for name in ("query", "keys")]
-    assert torch.autograd.gradcheck(lambda *x: lookup_ops.product_key_topk(*x, 4)[0], leaves)
+    assert torch.autograd.gradcheck(lambda *x: ops.product_key_topk(*x, 4)[0], leaves)
 
 
 @pytest.mark.parametrize("names", [["query"], ["keys"]])
-def test_each_gradient_of_scores_only_if_asked_for(lookup_ops, names):
+def test_each_gradient_of_scores_only_if_asked_for(ops, names):
     arguments = product_key_case(9, 20, 5)
-    every = gradients(lookup_ops.product_key_topk, arguments)
-    fewer = gradients(lookup_ops.product_key_topk, arguments, names)
+    every = gradients(ops.product_key_topk, arguments)
+    fewer = gradients(ops.product_key_topk, arguments, names)
     assert_same_bits(fewer, {name: every[name] for name in names})
 
 
-def test_what_is_not_found_has_no_gradient(lookup_ops):
+def test_what_is_not_found_has_no_gradient(ops):
     """Nor passes on the gradients that arrive at the missing scores."""
     arguments = product_key_case(9, 6, 5)
     arguments["keys"][0, 1, 1:] = torch.nan  # leaves one key of a half, of head 0
     arguments["query"][4] = torch.nan
-    grads = gradients(lookup_ops.product_key_topk, arguments)
+    grads = gradients(ops.product_key_topk, arguments)
     assert not grads["query"][4].any() and not grads["keys"][0, 1, 1:].any()
     for grad in grads.values():
         assert grad.isfinite().all() and grad.any()
 
 
 @pytest.mark.parametrize("name", ["query", "keys"])
-def test_gradients_of_gradients_are_right_or_refused(lookup_ops, name):
+def test_gradients_of_gradients_are_right_or_refused(ops, name):
     arguments = product_key_case(5, 6, 3, dtype=torch.float64)
     leaves = [arguments[n].requires_grad_() for n in ("query", "keys")]
 
@@ -224,7 +224,7 @@ def test_gradients_of_gradients_are_right_or_refused(lookup_ops, name):
         return torch.autograd.grad(grad.square().sum(), leaves)
 
     try:
-        actual = second(lookup_ops)
+        actual = second(ops)
     except RuntimeError as error:
         assert "differentia" in str(error)
     else:
@@ -238,7 +238,7 @@ def product_key_memory(ops, query, keys, values):
     return ops.embedding_bag(indices.flatten(1), values, per_sample_weights=weights.flatten(1))
 
 
-def test_a_product_key_memory(lookup_ops):
+def test_a_product_key_memory(ops):
     """Against all products, in plain torch."""
     arguments = product_key_case(11, 9, 5, dtype=torch.float64)
     leaves = [arguments["query"], arguments["keys"], torch.randn(81, 13).double()]
@@ -247,7 +247,7 @@ def test_a_product_key_memory(lookup_ops):
     halves = torch.einsum("thpd,hpnd->pthn", query, keys)
     scores, indices = (halves[0][..., None] + halves[1][..., None, :]).flatten(-2).topk(5)
     expected = (scores.softmax(-1)[..., None] * values[indices]).sum((1, 2))
-    actual = product_key_memory(lookup_ops, *leaves)
+    actual = product_key_memory(ops, *leaves)
     torch.testing.assert_close(actual, expected)
     dout = upstream(expected)
     expected = torch.autograd.grad(expected, leaves, dout)
@@ -280,24 +280,24 @@ def networks(draw, **options):
 
 
 @at_random(arguments=networks())
-def test_networks_at_random(lookup_ops, arguments):
-    out = check(lookup_ops, "sparse_ffn", arguments, slack=ALONE)
+def test_networks_at_random(ops, arguments):
+    out = check(ops, "sparse_ffn", arguments, slack=ALONE)
     assert out.dtype == arguments["x"].dtype and out.is_contiguous()
 
 
 @pytest.mark.parametrize("activation", ["relu", "none"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_networks_of_integers_are_exact_for_every_dim(lookup_ops, activation, dtype):
+def test_networks_of_integers_are_exact_for_every_dim(ops, activation, dtype):
     for dim, dim_out in (1, 7), (8, 16), (15, 1), (33, 130), (64, 64), (200, 33):
         sizes = {"integers": True, "factors": "same", "activation": activation, "dtype": dtype}
         arguments = ffn_case(5, 11, 30, (dim, dim_out), **sizes)
         exact = torch.from_numpy(reference.sparse_ffn(**arrays(arguments)))
-        assert_same_bits(outcome(lookup_ops, "sparse_ffn", arguments), exact.to(dtype))
+        assert_same_bits(outcome(ops, "sparse_ffn", arguments), exact.to(dtype))
 
 
 @activations
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_activations_of_any_size(lookup_ops, activation, dtype):
+def test_activations_of_any_size(ops, activation, dtype):
     """Each number is as accurate as float32 is for numbers around 9, and so is its gradient."""
     h = torch.cat([torch.linspace(-9, 9, 37), torch.tensor([-1e4, -60.0, 0.0, 60.0, 1e4])])
     one = torch.ones(1, 1, dtype=dtype)
@@ -306,25 +306,25 @@ def test_activations_of_any_size(lookup_ops, activation, dtype):
     exact = reference.sparse_ffn(**arrays(arguments))
     eps = torch.finfo(dtype).eps
     rounding = {"rtol": 2 * eps, "atol": 64 * torch.finfo(wide(dtype)).eps}
-    actual = outcome(lookup_ops, "sparse_ffn", arguments).double().numpy()
+    actual = outcome(ops, "sparse_ffn", arguments).double().numpy()
     np.testing.assert_allclose(actual, exact, **rounding)
-    (grad,) = gradients(lookup_ops.sparse_ffn, arguments, ["x"]).values()
+    (grad,) = gradients(ops.sparse_ffn, arguments, ["x"]).values()
     in_float64 = {name: t.double() for name, t in (("x", x), ("up", one), ("down", one))}
     (exact,) = gradients(fallback.sparse_ffn, arguments | in_float64, ["x"]).values()
     np.testing.assert_allclose(grad.double().numpy(), exact.numpy(), **rounding)
 
 
-def test_tokens_of_no_neurons_give_zero(lookup_ops):
+def test_tokens_of_no_neurons_give_zero(ops):
     arguments = ffn_case(4, 3, 9, (6, 5), skipped=1)
     arguments["x"][1] = torch.nan
     for changes in {}, {"up": arguments["up"][:0], "down": arguments["down"][:0]}:
-        assert not outcome(lookup_ops, "sparse_ffn", arguments | changes).any()
+        assert not outcome(ops, "sparse_ffn", arguments | changes).any()
     none = {name: arguments[name][:0] for name in ("x", "indices")}
-    assert outcome(lookup_ops, "sparse_ffn", arguments | none).shape == (0, 5)
+    assert outcome(ops, "sparse_ffn", arguments | none).shape == (0, 5)
 
 
 @activations
-def test_every_neuron_is_a_dense_network(lookup_ops, activation):
+def test_every_neuron_is_a_dense_network(ops, activation):
     arguments = ffn_case(9, 40, 40, (24, 17), dtype=torch.float64, activation=activation)
     arguments["indices"] = torch.arange(40).expand(9, -1)
     up, down = (arguments[name].nan_to_num(nan=0.5) for name in ("up", "down"))
@@ -333,23 +333,23 @@ def test_every_neuron_is_a_dense_network(lookup_ops, activation):
         "none": lambda h: h,
     }.get(activation) or getattr(torch.nn.functional, activation)
     expected = act(arguments["x"] @ up.T) @ down
-    actual = outcome(lookup_ops, "sparse_ffn", arguments | {"up": up, "down": down})
+    actual = outcome(ops, "sparse_ffn", arguments | {"up": up, "down": down})
     torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("name", ["x", "up", "down", "weights"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_nan_reaches_only_the_tokens_that_use_it(lookup_ops, name, value):
+def test_nan_reaches_only_the_tokens_that_use_it(ops, name, value):
     arguments = ffn_case(12, 4, 30, (20, 9), factors="same", activation="none")
     row = arguments["indices"][3][arguments["indices"][3] >= 0][0].item()
-    clean = outcome(lookup_ops, "sparse_ffn", arguments)
+    clean = outcome(ops, "sparse_ffn", arguments)
     users = (arguments["indices"] == row).any(1)
     if name in ("x", "weights"):
         users = torch.arange(12) == 3
     column = (arguments["indices"][3] == row).nonzero()[0].item()
     place = {"x": (3, 2), "weights": (3, column)}.get(name, (row, 2))
     dirty = arguments | {name: put(arguments[name], place, value)}
-    actual = outcome(lookup_ops, "sparse_ffn", dirty)
+    actual = outcome(ops, "sparse_ffn", dirty)
     assert_same_bits(actual[~users], clean[~users])
     touched = actual[users, 2] if name == "down" else actual[users]
     assert not users.all() and not touched.isfinite().any()
@@ -375,42 +375,42 @@ def test_gradients_of_networks(variant, dtype):
 
 @activations
 @pytest.mark.parametrize("factors", [None, "same"])
-def test_gradcheck_of_networks(lookup_ops, activation, factors):
+def test_gradcheck_of_networks(ops, activation, factors):
     sizes = {"factors": factors, "dtype": torch.float64, "activation": activation}
     arguments = ffn_case(3, 3, 4, (3, 2), **sizes)
     names = ["x", "up", "down"] + (["weights"] if factors else [])
     leaves = [arguments[name].nan_to_num().requires_grad_() for name in names]
 
     def out(*values):
-        return lookup_ops.sparse_ffn(**arguments | dict(zip(names, values, strict=True)))
+        return ops.sparse_ffn(**arguments | dict(zip(names, values, strict=True)))
 
     assert torch.autograd.gradcheck(out, leaves)
 
 
-def test_relu_has_gradient_zero_at_zero(lookup_ops):
+def test_relu_has_gradient_zero_at_zero(ops):
     """As torch has it."""
     arguments = ffn_case(4, 3, 9, (6, 5), activation="relu", skipped=0)
     arguments["x"] = torch.zeros(4, 6)
-    for grad in gradients(lookup_ops.sparse_ffn, arguments).values():
+    for grad in gradients(ops.sparse_ffn, arguments).values():
         assert not grad.any()
 
 
 @pytest.mark.parametrize("names", [["x"], ["up"], ["down"], ["weights"], ["up", "weights"]])
-def test_each_gradient_of_networks_only_if_asked_for(lookup_ops, names):
+def test_each_gradient_of_networks_only_if_asked_for(ops, names):
     arguments = ffn_case(9, 7, 20, (12, 10), factors="same")
-    every = gradients(lookup_ops.sparse_ffn, arguments)
-    fewer = gradients(lookup_ops.sparse_ffn, arguments, names)
+    every = gradients(ops.sparse_ffn, arguments)
+    fewer = gradients(ops.sparse_ffn, arguments, names)
     assert_same_bits(fewer, {name: every[name] for name in names})
 
 
 @pytest.mark.parametrize("many", [6, 10, 130])
-def test_all_pairs_equal(lookup_ops, many):
+def test_all_pairs_equal(ops, many):
     """More equal sums than k, of keys in no order: the lowest indices win."""
     order = torch.randperm(130, generator=torch.Generator().manual_seed(many))
     halves = torch.where(order < many, 1e30, -order.float())
     keys = torch.stack([halves, halves.flip(0)])[None, ..., None]
     query = torch.ones(1, 1, 2, 1)
-    scores, indices = lookup_ops.product_key_topk(query, keys, 128)
+    scores, indices = ops.product_key_topk(query, keys, 128)
     exact_scores, exact = reference.product_key_topk(query.numpy(), keys.numpy(), 128)
     assert indices.tolist() == exact.tolist()
     np.testing.assert_array_equal(scores.numpy(), exact_scores.astype(np.float32))
@@ -443,6 +443,6 @@ FFN_ERRORS = {
 
 
 @pytest.mark.parametrize("error", FFN_ERRORS)
-def test_ffn_errors_name_the_argument_and_change_nothing(lookup_ops, error):
+def test_ffn_errors_name_the_argument_and_change_nothing(ops, error):
     arguments = ffn_case(5, 4, 9, (6, 5), factors="same")
-    check_error(lookup_ops, "sparse_ffn", arguments, FFN_ERRORS[error])
+    check_error(ops, "sparse_ffn", arguments, FFN_ERRORS[error])

@@ -49,23 +49,23 @@ def random_cases(draw, op):
 
 @each_op
 @at_random(data=st.data())
-def test_steps_at_random(lookup_ops, op, data):
+def test_steps_at_random(ops, op, data):
     """Rows that are not named are NaN, and stay so."""
-    check(lookup_ops, op, data.draw(random_cases(op)), slack=8)
+    check(ops, op, data.draw(random_cases(op)), slack=8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sgd_of_integers_is_exact_for_every_dim(lookup_ops, dtype):
+def test_sgd_of_integers_is_exact_for_every_dim(ops, dtype):
     for dim in 1, 7, 16, 33, 64, 130, 576:
         arguments = rows_case("row_sgd", 20, dim, 15, integers=True, dtype=dtype)
         arguments |= {"lr": 0.5, "weight_decay": 0.25}
         exact = torch.from_numpy(reference.row_sgd(**arrays(arguments)))
-        assert_same_bits(outcome(lookup_ops, "row_sgd", arguments), exact.to(dtype))
+        assert_same_bits(outcome(ops, "row_sgd", arguments), exact.to(dtype))
 
 
 @each_op
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_other_rows_keep_their_bits(lookup_ops, op, dtype):
+def test_other_rows_keep_their_bits(ops, op, dtype):
     arguments = rows_case(op, 40, 20, 15, dtype=dtype)
     for name in WRITTEN[op]:
         arguments[name] = arguments[name].nan_to_num(nan=3.0)
@@ -73,14 +73,14 @@ def test_other_rows_keep_their_bits(lookup_ops, op, dtype):
     rows = arguments["rows"][: arguments["count"]]
     others[rows[rows >= 0]] = False
     before = [tensor.clone() for tensor in written(op, arguments)]
-    getattr(lookup_ops, op)(**arguments)
+    getattr(ops, op)(**arguments)
     for new, old in zip(written(op, arguments), before, strict=True):
         assert_same_bits(new[others], old[others])
         assert not (new == old)[~others].all(-1).any()
 
 
 @each_op
-def test_nothing_to_do(lookup_ops, op):
+def test_nothing_to_do(ops, op):
     nothing = {"rows": torch.tensor([0, 1]), "grads": torch.full((2, 6), torch.nan)}
     for changes in (
         nothing | {"count": torch.tensor([0])},
@@ -90,18 +90,18 @@ def test_nothing_to_do(lookup_ops, op):
         for num_rows in 2, 0:
             arguments = rows_case(op, num_rows, 6, 0) | changes
             before = written(op, arguments)
-            actual = outcome(lookup_ops, op, arguments)
+            actual = outcome(ops, op, arguments)
             actual = [actual] if op == "row_sgd" else list(actual)
             assert_same_bits(actual, before)
 
 
 @each_op
-def test_nan_of_a_gradient_stays_in_its_row(lookup_ops, op):
+def test_nan_of_a_gradient_stays_in_its_row(ops, op):
     arguments = rows_case(op, 20, 40, 10, skipped=0)
     clean = written(op, arguments)
     row = arguments["rows"][4].item()
     poisoned = arguments | {"grads": put(arguments["grads"], (4, 7), torch.nan)}
-    clean, dirty = (outcome(lookup_ops, op, each) for each in (arguments, poisoned))
+    clean, dirty = (outcome(ops, op, each) for each in (arguments, poisoned))
     for new, old in zip(*([x] if op == "row_sgd" else x for x in (dirty, clean)), strict=True):
         assert new[row, 7].isnan()
         new[row, 7] = old[row, 7]
@@ -126,7 +126,7 @@ def sparse_gradient(param, generator):
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @each_op
-def test_steps_are_those_of_torch(lookup_ops, op, dtype):
+def test_steps_are_those_of_torch(ops, op, dtype):
     """Adam's: SparseAdam, which adds eps to the root before the root is corrected."""
     generator = torch.Generator().manual_seed(0)
     param = torch.randn(20, 12, generator=generator, dtype=dtype)
@@ -144,12 +144,12 @@ def test_steps_are_those_of_torch(lookup_ops, op, dtype):
             options["step"] = step
             optimiser.param_groups[0]["eps"] = 1e-8 * (1 - 0.999**step) ** 0.5
         optimiser.step()
-        getattr(lookup_ops, op)(param, *states, *rows, lr=0.1, **options)
+        getattr(ops, op)(param, *states, *rows, lr=0.1, **options)
         torch.testing.assert_close(param, theirs.detach())
 
 
 @pytest.mark.parametrize("op", ["row_sgd", "row_adam"])
-def test_weight_decay_is_that_of_torch(lookup_ops, op):
+def test_weight_decay_is_that_of_torch(ops, op):
     """Adam's: AdamW; where every row has a gradient."""
     generator = torch.Generator().manual_seed(0)
     param = torch.randn(20, 12, generator=generator)
@@ -165,18 +165,18 @@ def test_weight_decay_is_that_of_torch(lookup_ops, op):
         optimiser.step()
         now = {"step": step} if op == "row_adam" else {}
         rows = torch.arange(20), theirs.grad, torch.tensor([20])
-        getattr(lookup_ops, op)(param, *states, *rows, **options, **now)
+        getattr(ops, op)(param, *states, *rows, **options, **now)
         torch.testing.assert_close(param, theirs.detach())
 
 
-def test_rows_of_a_backward_are_a_dense_step(lookup_ops):
+def test_rows_of_a_backward_are_a_dense_step(ops):
     bag = bag_case((9, 7), 30, 20, factors="same", dtype=torch.bfloat16)
     arguments = backward_case(bag)
     weight = torch.randn(30, 20).bfloat16()
     dense = torch.zeros(30, 20)
-    lookup_ops.embedding_bag_backward(**arguments, out=dense)
+    ops.embedding_bag_backward(**arguments, out=dense)
     expected = (weight.float() - 0.1 * dense).bfloat16()
-    lookup_ops.row_sgd(weight, *lookup_ops.embedding_bag_backward(**arguments), lr=0.1)
+    ops.row_sgd(weight, *ops.embedding_bag_backward(**arguments), lr=0.1)
     torch.testing.assert_close(weight, expected)
 
 
@@ -184,46 +184,46 @@ def test_rows_of_a_backward_are_a_dense_step(lookup_ops):
 
 
 @each_op
-def test_the_order_of_rows_changes_no_bit(lookup_ops, op):
+def test_the_order_of_rows_changes_no_bit(ops, op):
     arguments = rows_case(op, 40, 20, 30)
-    expected = outcome(lookup_ops, op, arguments)
+    expected = outcome(ops, op, arguments)
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
     for name in "rows", "grads":
         shuffled = arguments[name].clone()
         shuffled[:30] = shuffled[order]
         arguments[name] = shuffled
-    assert_same_bits(outcome(lookup_ops, op, arguments), expected)
+    assert_same_bits(outcome(ops, op, arguments), expected)
 
 
 @each_op
-def test_strided_tables_are_written_in_place(lookup_ops, op):
+def test_strided_tables_are_written_in_place(ops, op):
     arguments = rows_case(op, 40, 20, 30)
-    expected = outcome(lookup_ops, op, arguments)
+    expected = outcome(ops, op, arguments)
     expected = [expected] if op == "row_sgd" else list(expected)
     names = WRITTEN[op]
     strided = arguments | {name: apart(arguments[name], 0) for name in names}
-    getattr(lookup_ops, op)(**strided)
+    getattr(ops, op)(**strided)
     assert_same_bits(written(op, strided), expected)
     if op == "row_adagrad":
         arguments = rows_case(op, 40, 20, 30, row_state=True)
         strided = arguments | {"sum": apart(arguments["sum"], 0)}
-        expected = list(outcome(lookup_ops, op, arguments))
-        getattr(lookup_ops, op)(**strided)
+        expected = list(outcome(ops, op, arguments))
+        getattr(ops, op)(**strided)
         assert_same_bits([strided["param"], strided["sum"]], expected)
 
 
 @each_op
-def test_what_is_written_alone_has_a_new_version(lookup_ops, op):
+def test_what_is_written_alone_has_a_new_version(ops, op):
     arguments = rows_case(op, 20, 6, 10)
     product = (torch.ones(1, requires_grad=True) * arguments["param"]).sum()
     versions = {name: t._version for name, t in tensors(arguments).items()}
-    getattr(lookup_ops, op)(**arguments)
+    getattr(ops, op)(**arguments)
     changed = [n for n, t in tensors(arguments).items() if t._version > versions[n]]
     assert changed == WRITTEN[op]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
     with torch.inference_mode():
-        getattr(lookup_ops, op)(**rows_case(op, 20, 6, 10))
+        getattr(ops, op)(**rows_case(op, 20, 6, 10))
 
 
 ERRORS = {
@@ -276,15 +276,15 @@ ADAM_ERRORS = ERRORS | {
     + [("row_adagrad", error) for error in ADAGRAD_ERRORS]
     + [("row_adam", error) for error in ADAM_ERRORS],
 )
-def test_errors_name_the_argument_and_change_nothing(lookup_ops, op, error):
+def test_errors_name_the_argument_and_change_nothing(ops, op, error):
     errors = {"row_sgd": ERRORS, "row_adagrad": ADAGRAD_ERRORS, "row_adam": ADAM_ERRORS}[op]
-    check_error(lookup_ops, op, rows_case(op, 9, 6, 5, skipped=0), errors[error])
+    check_error(ops, op, rows_case(op, 9, 6, 5, skipped=0), errors[error])
 
 
 @each_op
-def test_states_are_float64_beside_float64(lookup_ops, op):
+def test_states_are_float64_beside_float64(ops, op):
     arguments = rows_case(op, 9, 6, 5, dtype=torch.float64)
     for name in ["grads", *WRITTEN[op][1:]]:
         narrow = arguments | {name: arguments[name].float()}
         with pytest.raises(RuntimeError, match=rf"{op}: .*\b{name}\b"):
-            getattr(lookup_ops, op)(**narrow)
+            getattr(ops, op)(**narrow)

@@ -343,7 +343,7 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _register_attention(op, differentiable: tuple[str, ...], lib=_lib) -> None:
+def _register_attention(op, differentiable: tuple[str, ...], lib) -> None:
     """Fake and autograd of an op ``(q, k_cache, v_cache, ...) -> (out, lse)``; its backward's
     ``needs`` has a bit for each argument of ``differentiable``, in which order gradients return."""
     namespace, name = op._schema.name.split("::")
@@ -384,9 +384,13 @@ def _register_attention(op, differentiable: tuple[str, ...], lib=_lib) -> None:
     torch.library.register_autograd(op._schema.name, gradient, setup_context=context, lib=lib)
 
 
-_DIFFERENTIABLE = ("q", "k_cache", "v_cache", "key_bias", "sink_logit")
-for _attention in (_paged_attention, _gather_attention):
-    _register_attention(_attention, _DIFFERENTIABLE)
+def _register_autograd(namespace: str, lib) -> None:
+    ops = getattr(torch.ops, namespace)
+    for op in ops.paged_attention.default, ops.gather_attention.default:
+        _register_attention(op, ("q", "k_cache", "v_cache", "key_bias", "sink_logit"), lib)
+
+
+_register_autograd("memkernels", _lib)
 
 
 @torch.library.register_fake("memkernels::merge_states", lib=_lib)

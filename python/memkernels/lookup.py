@@ -8,6 +8,8 @@ the rows that a gradient touches.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -341,19 +343,14 @@ _ops = torch.ops.memkernels
 _product_key_topk = _ops.product_key_topk.default
 _embedding_bag = _ops.embedding_bag.default
 _embedding_bag_backward = _ops.embedding_bag_backward.default
-_embedding_bag_dense = _ops.embedding_bag_dense.default
 _embedding_bag_accumulate = _ops.embedding_bag_accumulate.default
-_embedding_bag_weights = _ops.embedding_bag_weights.default
 _row_sgd = _ops.row_sgd.default
 _row_adagrad = _ops.row_adagrad.default
 _row_adam = _ops.row_adam.default
 _ngram_hash = _ops.ngram_hash.default
 _engram_gate = _ops.engram_gate.default
-_engram_gate_backward = _ops.engram_gate_backward.default
 _lsh_codes = _ops.lsh_codes.default
-_lsh_codes_backward = _ops.lsh_codes_backward.default
 _sparse_ffn = _ops.sparse_ffn.default
-_sparse_ffn_backward = _ops.sparse_ffn_backward.default
 
 _lib = _library.library
 
@@ -457,7 +454,7 @@ def _product_key_context(ctx, inputs, keyword_only_inputs, output):
     ctx.query_shape, ctx.keys_shape = query.shape, keys.shape
 
 
-def _product_key_gradient(ctx, dscores, _):
+def _product_key_gradient(ops, ctx, dscores, _):
     # Each half of a query is a bag of rows of its half keys.
     query, keys, indices = ctx.saved_tensors
     heads, halves, size, dim = ctx.keys_shape
@@ -468,12 +465,12 @@ def _product_key_gradient(ctx, dscores, _):
     dquery = dkeys = None
     if ctx.needs_input_grad[0]:
         table = keys.reshape(-1, dim)
-        dquery = _embedding_bag(rows, table, None, factors, None, sparse=False).view(
+        dquery = ops.embedding_bag.default(rows, table, None, factors, None, sparse=False).view(
             ctx.query_shape
         )
     if ctx.needs_input_grad[1]:
         queries = query.reshape(-1, dim)
-        dkeys = _embedding_bag_dense(
+        dkeys = ops.embedding_bag_dense.default(
             queries, rows, None, factors, num_embeddings=heads * halves * size
         ).view(ctx.keys_shape)
     return dquery, dkeys
@@ -493,14 +490,16 @@ def _bag_context(ctx, inputs, keyword_only_inputs, output):
     ctx.sparse = keyword_only_inputs["sparse"]
 
 
-def _bag_backward(ctx, grad):
+def _bag_backward(ops, ctx, grad):
     input, offsets, per_sample_weights, weight, scales = ctx.saved_tensors
     dweight = dfactors = None
     grad, num_embeddings = grad.contiguous(), ctx.weight_shape[0]
     if ctx.needs_input_grad[1]:
         tensors = grad, input, offsets, per_sample_weights
         if ctx.sparse:
-            rows, grads, count = _embedding_bag_backward(*tensors, num_embeddings=num_embeddings)
+            rows, grads, count = ops.embedding_bag_backward.default(
+                *tensors, num_embeddings=num_embeddings
+            )
             used = slice(int(count))
             dweight = torch.sparse_coo_tensor(
                 rows[None, used],
@@ -510,9 +509,9 @@ def _bag_backward(ctx, grad):
                 check_invariants=False,
             )
         else:
-            dweight = _embedding_bag_dense(*tensors, num_embeddings=num_embeddings)
+            dweight = ops.embedding_bag_dense.default(*tensors, num_embeddings=num_embeddings)
     if ctx.needs_input_grad[3]:
-        dfactors = _embedding_bag_weights(grad, input, weight, offsets, scales)
+        dfactors = ops.embedding_bag_weights.default(grad, input, weight, offsets, scales)
         dfactors = dfactors.to(ctx.factor_dtype)
     return None, dweight, None, dfactors, None
 
@@ -527,9 +526,11 @@ def _gate_context(ctx, inputs, keyword_only_inputs, output):
     ctx.options = keyword_only_inputs
 
 
-def _gate_gradient(ctx, dout):
+def _gate_gradient(ops, ctx, dout):
     needs = _needs(ctx)
-    grads = _engram_gate_backward(dout.contiguous(), *ctx.saved_tensors, needs=needs, **ctx.options)
+    grads = ops.engram_gate_backward.default(
+        dout.contiguous(), *ctx.saved_tensors, needs=needs, **ctx.options
+    )
     return tuple(grad if needs >> bit & 1 else None for bit, grad in enumerate(grads))
 
 
@@ -538,8 +539,8 @@ def _codes_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _codes_gradient(ctx, _, dscores):
-    return _lsh_codes_backward(dscores.contiguous(), *ctx.saved_tensors)
+def _codes_gradient(ops, ctx, _, dscores):
+    return ops.lsh_codes_backward.default(dscores.contiguous(), *ctx.saved_tensors)
 
 
 def _ffn_context(ctx, inputs, keyword_only_inputs, output):
@@ -547,30 +548,42 @@ def _ffn_context(ctx, inputs, keyword_only_inputs, output):
     ctx.options = keyword_only_inputs
 
 
-def _ffn_gradient(ctx, dy):
+def _ffn_gradient(ops, ctx, dy):
     # A neuron's rows gather tokens as a bag's gradient does; only the factors are its own.
     dy = dy.contiguous()
     x, up, down, indices, weights = ctx.saved_tensors
-    dx, dweights, up_factors, down_factors = _sparse_ffn_backward(
+    dx, dweights, up_factors, down_factors = ops.sparse_ffn_backward.default(
         dy, *ctx.saved_tensors, needs=_needs(ctx), **ctx.options
     )
     dup = ddown = None
     if ctx.needs_input_grad[1]:
-        dup = _embedding_bag_dense(x, indices, None, up_factors, num_embeddings=up.shape[0])
+        dup = ops.embedding_bag_dense.default(
+            x, indices, None, up_factors, num_embeddings=up.shape[0]
+        )
     if ctx.needs_input_grad[2]:
-        ddown = _embedding_bag_dense(dy, indices, None, down_factors, num_embeddings=down.shape[0])
+        ddown = ops.embedding_bag_dense.default(
+            dy, indices, None, down_factors, num_embeddings=down.shape[0]
+        )
     dweights = None if weights is None else dweights.to(weights.dtype)
     return dx if ctx.needs_input_grad[0] else None, dup, ddown, None, dweights
 
 
-for _op, _backward, _context in (
-    (_product_key_topk, _product_key_gradient, _product_key_context),
-    (_embedding_bag, _bag_backward, _bag_context),
-    (_engram_gate, _gate_gradient, _gate_context),
-    (_lsh_codes, _codes_gradient, _codes_context),
-    (_sparse_ffn, _ffn_gradient, _ffn_context),
-):
-    torch.library.register_autograd(_op._name, _backward, setup_context=_context, lib=_lib)
+def _register_autograd(namespace: str, lib) -> None:
+    ops = getattr(torch.ops, namespace)
+    for op, gradient, context in (
+        ("product_key_topk", _product_key_gradient, _product_key_context),
+        ("embedding_bag", _bag_backward, _bag_context),
+        ("engram_gate", _gate_gradient, _gate_context),
+        ("lsh_codes", _codes_gradient, _codes_context),
+        ("sparse_ffn", _ffn_gradient, _ffn_context),
+    ):
+        gradient = functools.partial(gradient, ops)  # of the same namespace
+        torch.library.register_autograd(
+            f"{namespace}::{op}", gradient, setup_context=context, lib=lib
+        )
+
+
+_register_autograd("memkernels", _lib)
 for _op in ("engram_gate", "lsh_codes", "sparse_ffn"):
     _library.once_differentiable(_op)
 

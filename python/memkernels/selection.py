@@ -511,7 +511,7 @@ def _(dscores, q, w, k, page_table, seq_lens, cu_seqlens_q, *, needs, causal):
     return tuple(t.new_empty(t.shape if needs >> bit & 1 else (0,)) for bit, t in inputs)
 
 
-def _register_indexer(namespace: str, lib) -> None:
+def _register_autograd(namespace: str, lib) -> None:
     backward = getattr(torch.ops, namespace).indexer_scores_backward.default
 
     def context(ctx, inputs, keyword_only_inputs, output):
@@ -529,7 +529,7 @@ def _register_indexer(namespace: str, lib) -> None:
     )
 
 
-_register_indexer("memkernels", _lib)
+_register_autograd("memkernels", _lib)
 _library.once_differentiable("indexer_scores")
 
 
