@@ -11,6 +11,7 @@ import torch
 
 import cuda_ops
 import memkernels
+import test_cuda_lookup
 from cases import attention_case, colstats_case, gather_case
 from test_attention_backward import gradients
 from tolerance import assert_same_bits, check_attention, unchanged
@@ -318,6 +319,9 @@ def every_kernel(**options):
     write(**options)
     select(**options)
     check_unchecked(**options)
+    test_cuda_lookup.every_kernel(
+        functools.partial(options.pop("run", cuda_ops.on_host), **options)
+    )
     if "check" not in options:
         check_merge_backward(torch.ops.memkernels.merge_states_backward, torch.half, "cuda")
 
