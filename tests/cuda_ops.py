@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
@@ -24,6 +25,7 @@ from torch import Tensor
 
 import memkernels
 from memkernels import _C, _library, attention, lookup, selection
+from tolerance import assert_same_bits
 
 SIMT = Path(__file__).parent / "simt"
 OPS = (
@@ -152,6 +154,41 @@ def on_host(op: str, *args, check_indices: bool = True, check: str = "", **kwarg
         environment = {"MEMKERNELS_CHECK": str(int(check_indices))}
         patches.enter_context(mock.patch.dict(os.environ, environment))
         return getattr(memkernels, op)(*args, **kwargs)
+
+
+def tests_of(cases: dict[str, Callable], unchecked: dict[str, Callable]) -> tuple[Callable, ...]:
+    """Tests of a family's kernels. Both hold functions of `run(op, *args, **kwargs)`, which calls
+    an op with its CUDA kernel: `cases` return what they compute, `unchecked` ones, for which
+    nothing checks indices, compare it themselves."""
+
+    @pytest.mark.parametrize("name", cases)
+    def same_bits(name):
+        expected = cases[name](on_host)
+        for seed, copies in (1, "lazy"), (2, "random"), (3, "eager"):
+            with schedule(seed, copies):
+                assert_same_bits(cases[name](on_host), expected)
+
+    @pytest.mark.full
+    @pytest.mark.parametrize("name", cases)
+    def no_races(name):
+        races()
+        with schedule(1, runner=library("race")):
+            cases[name](functools.partial(on_host, check="race"))
+        assert races() == (0, "")
+
+    @pytest.mark.parametrize("name", unchecked)
+    def skipped(name):
+        unchecked[name](functools.partial(on_host, check_indices=False))
+
+    return same_bits, no_races, skipped
+
+
+def run_all(run: Callable, cases: dict[str, Callable], unchecked: dict[str, Callable]) -> None:
+    """The same kernels, for a process under a sanitizer."""
+    for compute in cases.values():
+        compute(run)
+    for compare in unchecked.values():
+        compare(functools.partial(run, check_indices=False))
 
 
 class Moved(torch.autograd.Function):

@@ -12,7 +12,7 @@ import torch
 import cuda_ops
 import memkernels
 import test_cuda_lookup
-from cases import attention_case, colstats_case, gather_case
+from cases import attention_case, gather_case
 from test_attention_backward import gradients
 from tolerance import assert_same_bits, check_attention, unchanged
 
@@ -49,21 +49,6 @@ CASES = {
 }  # fmt: skip
 
 
-COLSTATS = {
-    "decode_bf16": lambda: colstats_case(decode(head_dims=(64, 1)), reduce="sum"),
-    "append_f32": lambda: colstats_case(
-        attention_case("paged", [190, 90, 0], [3, 20, 2], heads=(6, 2), window=70, sink_tokens=3),
-        reduce="max",
-    ),
-    "prefill_f16": lambda: colstats_case(
-        attention_case(
-            "contiguous", [140, 150], [140, 60], head_dims=(37, 1), dtype=torch.float16
-        ),
-        reduce="count",
-    ),
-}  # fmt: skip
-
-
 def attend_with(arguments, case, run=cuda_ops.on_host, **options):
     op = "gather_attention" if hasattr(case, "indices") else "paged_attention"
     return run(op, **arguments, return_lse=True, **options)
@@ -77,13 +62,6 @@ def attend(case, **options):
 def differentiate(case, **options):
     """Gradients of all that is differentiable, as a list."""
     return list(gradients(lambda **a: attend_with(a, case, **options), case).values())
-
-
-def colstats(arguments, run=cuda_ops.on_host, **options):
-    """Fresh ones, and the same accumulated."""
-    fresh = run("attention_colstats", **arguments, **options)
-    into = {"accumulate_into": torch.ones_like(fresh), "decay": 0.5}
-    return fresh, run("attention_colstats", **arguments, **into, **options)
 
 
 def write(seed=0, run=cuda_ops.on_host, **options):
@@ -104,28 +82,6 @@ def write(seed=0, run=cuda_ops.on_host, **options):
     return caches, lengths, *run("merge_states", outs.half(), lses)
 
 
-def select(seed=0, run=cuda_ops.on_host, **options):
-    """Summaries, scores and selections of random inputs, of short rows and of a long one."""
-    generator = torch.Generator().manual_seed(seed)
-    run = functools.partial(run, **options)
-    k_cache = torch.randn(12, 7, 2, 36, generator=generator).half()
-    table = torch.randperm(12, generator=generator).view(2, 6)
-    table[1, 2] = table[0, 0]
-    lengths = torch.tensor([42, 31])
-    results = []
-    for kind in "minmax", "mean":
-        summary = run("summarize_keys", k_cache, table, lengths - 9, kind=kind)
-        run("update_summaries", summary, k_cache, table, lengths, 9)
-        q = torch.randn(5, 6, 36, generator=generator).half()
-        offsets = torch.tensor([0, 4, 5])
-        scores = run("score_pages", q, summary, table, lengths, 7, offsets, kind=kind)
-        results += [summary, scores, run("select_topk", scores, 3, keep_last=1)]
-    levels = torch.randint(-99, 99, (2, 40_000), generator=generator).bfloat16()
-    results += [run("select_topk", levels, 300), run("select_topk", levels[:1], 300)]
-    stats = levels[:, :900].view(2, 3, 300)
-    return *results, run("evict", stats, torch.tensor([300, 40]), 50, keep_first=2)
-
-
 @pytest.mark.parametrize("compute", [attend, differentiate])
 @pytest.mark.parametrize("name", CASES)
 def test_same_bits_for_any_schedule(compute, name):
@@ -136,51 +92,13 @@ def test_same_bits_for_any_schedule(compute, name):
             assert_same_bits(compute(case), expected)
 
 
-@pytest.mark.parametrize("compute", [write, select])
-def test_other_ops_give_the_same_bits_for_any_schedule(compute):
+def test_writing_gives_the_same_bits_for_any_schedule():
     torch.manual_seed(0)
-    expected = compute()
+    expected = write()
     for seed in 1, 2, 3:
         torch.manual_seed(0)
         with cuda_ops.schedule(seed, "random"):
-            assert_same_bits(compute(), expected)
-
-
-def test_one_block_selects_as_several_do():
-    *_, rows, row, _ = select()
-    assert_same_bits(row, rows[:1])
-
-
-def test_a_sparse_step_of_decoding_is_three_launches():
-    case = attention_case("paged", [600, 40], heads=(8, 2), dtype=torch.bfloat16)
-    inputs = case.page_table, case.seq_lens
-    summary = cuda_ops.on_host("summarize_keys", case.k_cache, *inputs)
-    cuda_ops.launches()
-    scores = cuda_ops.on_host("score_pages", case.q, summary, *inputs, 16)
-    pages = (case.seq_lens[:, None] + 15) // 16
-    indices = cuda_ops.on_host("select_topk", scores, 20, pages, keep_last=1)
-    cuda_ops.on_host("gather_attention", case.q, case.k_cache, case.v_cache, indices, *inputs)
-    assert cuda_ops.launches() == 3
-
-
-@pytest.mark.parametrize("name", COLSTATS)
-def test_colstats_give_the_same_bits_for_any_schedule(name):
-    arguments = COLSTATS[name]()
-    expected = colstats(arguments)
-    for seed, copies in (1, "lazy"), (2, "random"), (3, "eager"):
-        with cuda_ops.schedule(seed, copies):
-            assert_same_bits(colstats(arguments), expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_colstats_give_the_same_bits_alone_and_in_a_batch(dtype):
-    """In small blocks and in large ones, that is."""
-    options = {"heads": (6, 2), "window": 150, "sink_tokens": 2, "softcap": 3.0, "dtype": dtype}
-    arguments = colstats_case(attention_case("paged", [300, 0, 90], [2, 1, 90], **options))
-    alone = arguments | {"cu_seqlens_q": torch.tensor([0, 2])}
-    alone |= {name: arguments[name][:1] for name in ("page_table", "seq_lens")}
-    alone |= {name: arguments[name][:2] for name in ("q", "lse")}
-    assert_same_bits(colstats(alone)[0], colstats(arguments)[0][:1])
+            assert_same_bits(write(), expected)
 
 
 @pytest.mark.full
@@ -195,19 +113,9 @@ def test_no_races(name):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("compute", [write, select])
-def test_no_races_in_other_ops(compute):
+def test_no_races_in_writing():
     cuda_ops.races()
-    compute(check="race")
-    assert cuda_ops.races() == (0, "")
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", COLSTATS)
-def test_no_races_in_colstats(name):
-    cuda_ops.races()
-    with cuda_ops.schedule(1, runner=cuda_ops.library("race")):
-        colstats(COLSTATS[name](), check="race")
+    write(check="race")
     assert cuda_ops.races() == (0, "")
 
 
@@ -242,14 +150,6 @@ def check_unchecked(**options):
     for nonsense, clean in damaged():
         for compute in attend, differentiate:
             assert_same_bits(compute(nonsense, **options), compute(clean, **options))
-        if clean.cu_seqlens_k is None and not hasattr(clean, "indices"):
-            names = "q", "k_cache", "page_table", "seq_lens", "cu_seqlens_q"
-            lse = {"lse": attend(clean, **options)[1]}
-            stats = [
-                colstats({name: getattr(case, name) for name in names} | lse, **options)
-                for case in (nonsense, clean)
-            ]
-            assert_same_bits(*stats)
     cache = torch.zeros(3, 4, 1, 8)
     new = torch.ones(4, 1, 8)
     run = functools.partial(options.pop("run"), **options)
@@ -261,30 +161,6 @@ def check_unchecked(**options):
     keep, table = torch.tensor([[[3, 10**6, 5]]]), torch.tensor([[1, 77]])
     run("compact_kv", cache, cache.clone(), table, torch.tensor([8]), keep)
     assert cache[1, 0].all() and cache.sum() == 24
-    check_unchecked_selection(run)
-
-
-def check_unchecked_selection(run):
-    """Pages out of range count as absent ones; lengths and budgets are cut to what there is."""
-    k_cache, q = torch.randn(4, 4, 1, 8), torch.randn(2, 2, 8)
-    lengths = torch.tensor([16, 9])
-    absent, nonsense = torch.tensor([[2, -1, 0, 3], [1, -1, 2, 0]]), torch.tensor([10**9, -7])
-    table = absent.where(absent >= 0, nonsense[:, None])
-    far = torch.tensor([10**12, 9])
-    results = []
-    for pages, length in (absent, lengths), (table, far):
-        summary = run("summarize_keys", k_cache, pages, length)
-        run("update_summaries", summary, k_cache, pages, length, torch.tensor([3, 10**10]))
-        results.append((summary, run("score_pages", q, summary, pages, length, 4)))
-    assert_same_bits(results[1], results[0])
-    run("score_pages", q, summary, table, far, 4, torch.tensor([0, 10**9, -3])[:3])
-    rows = torch.randn(2, 20)
-    everything = torch.arange(20, dtype=torch.int32)
-    assert_same_bits(run("select_topk", rows, 20, torch.tensor([99, 20]))[0], everything)
-    assert (run("select_topk", rows, 5, torch.tensor([-4, 20]))[0] == -1).all()
-    budgets = {"budget": torch.tensor([-3, 99]), "max_budget": 4, "keep_first": 6}
-    keep = run("evict", rows[:, None], torch.tensor([20, 20]), **budgets)
-    assert keep.tolist() == [[[-1] * 4], [[0, 1, 2, 3]]]
 
 
 def check_nonsense_offsets(**options):
@@ -297,8 +173,6 @@ def check_nonsense_offsets(**options):
     ]
     for case, offsets in cases:
         broken = case.replace(cu_seqlens_q=torch.tensor(offsets, dtype=torch.int32))
-        arguments = colstats_case(case) | {"cu_seqlens_q": broken.cu_seqlens_q}
-        colstats(arguments, check_indices=False, **options)
         differentiate(broken, check_indices=False, **options)
         attend(broken, check_indices=False, **options, max_seqlen=20)
 
@@ -314,10 +188,7 @@ def every_kernel(**options):
     for make in CASES.values():
         attend(make(), **options)
         differentiate(make(), **options)
-    for make in COLSTATS.values():
-        colstats(make(), **options)
     write(**options)
-    select(**options)
     check_unchecked(**options)
     test_cuda_lookup.every_kernel(
         functools.partial(options.pop("run", cuda_ops.on_host), **options)

@@ -15,10 +15,6 @@ using namespace memkernels::cuda;
 inline constexpr float kLog2e = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.69314718055994530942f;
 
-__device__ __forceinline__ int64_t clamp(int64_t x, int64_t low, int64_t high) {
-  return x < low ? low : x > high ? high : x;
-}
-
 // A float32 beside tensors of type T, or one of them.
 template <class T>
 __device__ __forceinline__ float companion_at(const void* data, bool is_float, int64_t offset) {
@@ -87,18 +83,6 @@ __device__ __forceinline__ Extent extent_of(const AttentionParams& p, int64_t b)
 __device__ __forceinline__ int window_of(const AttentionParams& p, int head) {
   return p.head_window.data ? static_cast<int>(clamp(at(p.head_window, head), 0, kNoLimit))
                             : p.window;
-}
-
-// The largest b in [0, num_sequences) whose value(b) <= x; value rises.
-template <class Value>
-__device__ __forceinline__ int64_t last_at_most(int64_t num_sequences, int64_t x,
-                                                const Value& value) {
-  int64_t b = 0, past = num_sequences;
-  while (past - b > 1) {
-    const int64_t middle = (b + past) / 2;
-    (value(middle) <= x ? b : past) = middle;
-  }
-  return b;
 }
 
 // The greatest x of the block, of those that are not negative.

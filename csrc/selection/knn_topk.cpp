@@ -6,6 +6,7 @@
 
 #include "attention/plan.h"
 #include "core/check.h"
+#include "core/cuda/host_copy.h"
 #include "core/memory.h"
 
 namespace memkernels::selection {
@@ -37,6 +38,15 @@ int64_t valid_len(const KnnArgs& a, int64_t head) {
         "]");
   return length;
 }
+
+#ifdef MEMKERNELS_WITH_CUDA
+void check_contents(const KnnArgs& a, const Context& ctx) {
+  HostCopies copies(kOp, ctx);
+  KnnArgs read = a;
+  copies.replace(read.valid_len);
+  for (int64_t h = 0; h < a.q.shape[1]; ++h) valid_len(read, h);
+}
+#endif
 
 template <class A>
 struct Found {
@@ -76,6 +86,12 @@ void finish(const KnnArgs& a, const KnnTask* tasks, int64_t num_tasks, int64_t q
 
 void knn_topk(const KnnArgs& a, const Context& ctx) {
   check_arguments(a);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    if (ctx.check_indices) check_contents(a, ctx);
+    return cuda::knn_topk(a, ctx);
+  }
+#endif
   const int64_t num_queries = a.q.shape[0], heads = a.q.shape[1], dim = a.q.shape[2];
   const int64_t k = a.values.shape[2];
   double entries = 0;

@@ -23,6 +23,10 @@ struct KnnArgs {
 
 void knn_topk(const KnnArgs& args, const Context& ctx);
 
+namespace cuda {
+void knn_topk(const KnnArgs& args, const Context& ctx);  // checked ones
+}
+
 // Queries of a task at most.
 inline constexpr int64_t kKnnQueries = 64;
 

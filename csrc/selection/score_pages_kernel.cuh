@@ -60,22 +60,16 @@ __device__ __forceinline__ Queries find_queries(const ScoreParams& p, int64_t sl
   int of_sequence = 1, skipped = 0;
   if (p.cu_seqlens_q.data) {
     const auto first_of = [&](int64_t b) {
-      const int64_t first = at(p.cu_seqlens_q, b);
-      return static_cast<int>(first < 0 ? 0 : first < p.total_q ? first : p.total_q);
+      return static_cast<int>(clamp(at(p.cu_seqlens_q, b), 0, p.total_q));
     };
     const auto first_slot = [&](int64_t b) { return first_of(b) / p.queries + b; };
-    int64_t b = 0, past = p.num_sequences;
-    while (past - b > 1) {
-      const int64_t middle = (b + past) / 2;
-      (first_slot(middle) <= slot ? b : past) = middle;
-    }
+    const int64_t b = last_at_most(p.num_sequences, slot, first_slot);
     of_sequence = first_of(b + 1) - first_of(b);
     skipped = static_cast<int>(slot - first_slot(b)) * p.queries;
     const int left = skipped < 0 ? 0 : of_sequence - skipped;
     queries = {first_of(b) + skipped, left < p.queries ? left : p.queries, b, 0, 0};
   }
-  const int64_t most = p.max_pages * p.page_size, length = at(p.seq_lens, queries.sequence);
-  queries.length = length < 0 ? 0 : length < most ? length : most;
+  queries.length = clamp(at(p.seq_lens, queries.sequence), 0, p.max_pages * p.page_size);
   queries.position = queries.length - of_sequence + skipped;
   return queries;
 }

@@ -31,10 +31,6 @@ __device__ __forceinline__ int64_t offset_of(const SelectParams& p, int64_t row,
   return offset;
 }
 
-__device__ __forceinline__ int clamp_int(int64_t x, int low, int high) {
-  return static_cast<int>(x < low ? low : x > high ? high : x);
-}
-
 // A row: its first and last entries are kept whatever their scores, `want` of those between them
 // are to be chosen.
 struct Row {
@@ -49,15 +45,17 @@ template <class T>
 __device__ __forceinline__ Row find_row(const SelectParams& p, int64_t index) {
   int length = p.n, k = p.room;
   if (p.lengths.data) {
-    length = clamp_int(integer_at(p.lengths, offset_of(p, index, p.length_strides)), 0, p.n);
+    length = static_cast<int>(
+        clamp(integer_at(p.lengths, offset_of(p, index, p.length_strides)), 0, p.n));
   }
   if (p.budgets.data) {
-    k = clamp_int(integer_at(p.budgets, offset_of(p, index, p.budget_strides)), 0, p.room);
+    k = static_cast<int>(
+        clamp(integer_at(p.budgets, offset_of(p, index, p.budget_strides)), 0, p.room));
   }
   Row row;
   row.index = index;
-  row.first = clamp_int(p.keep_first, 0, length < k ? length : k);
-  row.last = clamp_int(p.keep_last, 0, (length < k ? length : k) - row.first);
+  row.first = static_cast<int>(clamp(p.keep_first, 0, length < k ? length : k));
+  row.last = static_cast<int>(clamp(p.keep_last, 0, (length < k ? length : k) - row.first));
   row.count = length - row.first - row.last;
   row.want = k - row.first - row.last;
   row.scores = static_cast<const T*>(p.scores) + offset_of(p, index, p.strides) + row.first;
@@ -260,8 +258,8 @@ template <class T>
 __device__ __forceinline__ Share find_share(const SelectParams& p) {
   Share share{find_row<T>(p, blockIdx.x / p.parts), 0, 0};
   const int64_t begin = int64_t{blockIdx.x % p.parts} * kPartLength;
-  share.begin = clamp_int(begin, 0, share.row.count);
-  share.end = clamp_int(begin + kPartLength, 0, share.row.count);
+  share.begin = static_cast<int>(clamp(begin, 0, share.row.count));
+  share.end = static_cast<int>(clamp(begin + kPartLength, 0, share.row.count));
   return share;
 }
 

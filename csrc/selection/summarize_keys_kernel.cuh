@@ -18,8 +18,7 @@ struct TablePages {
   int64_t begin, end;  // columns of the page table: those with new tokens, and what is in use
 };
 __device__ __forceinline__ TablePages pages_of(const SummarizeParams& p, int64_t b) {
-  const int64_t most = p.max_pages * p.page_size, length = at(p.seq_lens, b);
-  TablePages pages{length < 0 ? 0 : length < most ? length : most, 0, 0};
+  TablePages pages{clamp(at(p.seq_lens, b), 0, p.max_pages * p.page_size), 0, 0};
   pages.end = (pages.length + p.page_size - 1) / p.page_size;
   const int64_t num_new = p.num_new.data ? at(p.num_new, b) : p.num_new_all;
   if (num_new < pages.length) pages.begin = (pages.length - num_new) / p.page_size;

@@ -366,6 +366,7 @@ STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CUDA, m) {
   m.impl("evict", TORCH_BOX(&evict));
   m.impl("attention_colstats", TORCH_BOX(&attention_colstats));
   m.impl("accumulate_colstats", TORCH_BOX(&accumulate_colstats));
+  m.impl("knn_topk", TORCH_BOX(&knn_topk));
 }
 #endif
 

@@ -42,6 +42,21 @@ __device__ __forceinline__ int64_t at(const Integers& t, int64_t i) {
   return integer_at(t, i * t.stride);
 }
 
+__device__ __forceinline__ int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+// The largest b in [0, n) whose value(b) <= x; value rises.
+template <class Value>
+__device__ __forceinline__ int64_t last_at_most(int64_t n, int64_t x, const Value& value) {
+  int64_t b = 0, past = n;
+  while (past - b > 1) {
+    const int64_t middle = (b + past) / 2;
+    (value(middle) <= x ? b : past) = middle;
+  }
+  return b;
+}
+
 template <class T>
 __device__ __forceinline__ T warp_max(T x) {
   for (int lanes = 16; lanes > 0; lanes /= 2) {
