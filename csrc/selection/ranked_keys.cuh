@@ -10,16 +10,11 @@ using namespace memkernels::cuda;
 
 using Key = uint64_t;  // 0: nothing
 
-__device__ __forceinline__ uint32_t ordered(float x) {
-  const uint32_t bits = float_to_bits(x);
-  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-}
 __device__ __forceinline__ Key key_of(float value, uint32_t index) {
   return Key{ordered(value + 0.f)} << 32 | static_cast<uint32_t>(~index);  // no -0
 }
 __device__ __forceinline__ float value_of(Key key) {
-  const uint32_t bits = static_cast<uint32_t>(key >> 32);
-  return bits_to_float(bits ^ (bits >> 31 ? 0x80000000u : 0xffffffffu));
+  return from_ordered(static_cast<uint32_t>(key >> 32));
 }
 __device__ __forceinline__ uint32_t index_of(Key key) { return ~static_cast<uint32_t>(key); }
 

@@ -15,11 +15,7 @@
 namespace memkernels::selection::cuda {
 
 // In the order of the scores; -0 is 0, NaN comes before -inf.
-__device__ __forceinline__ uint32_t key_of(float x) {
-  if (x != x) return 0;
-  const uint32_t bits = float_to_bits(x + 0.f);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
+__device__ __forceinline__ uint32_t key_of(float x) { return x != x ? 0 : ordered(x + 0.f); }
 
 __device__ __forceinline__ int64_t offset_of(const SelectParams& p, int64_t row,
                                              const int64_t* strides) {

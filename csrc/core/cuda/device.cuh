@@ -42,6 +42,15 @@ __device__ __forceinline__ int64_t at(const Integers& t, int64_t i) {
   return integer_at(t, i * t.stride);
 }
 
+// Integers in the order of the numbers they stand for, and back; -0 comes before 0.
+__device__ __forceinline__ uint32_t ordered(float x) {
+  const uint32_t bits = float_to_bits(x);
+  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+}
+__device__ __forceinline__ float from_ordered(uint32_t x) {
+  return bits_to_float(x ^ (x >> 31 ? 0x80000000u : 0xffffffffu));
+}
+
 __device__ __forceinline__ int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
 }
