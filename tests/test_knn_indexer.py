@@ -495,19 +495,19 @@ VARIANTS = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS)
 @kinds
-def test_gradients_against_autograd_through_the_fallback(kind, variant, dtype):
+def test_gradients_against_autograd_through_the_fallback(kernels, kind, variant, dtype):
     sizes = {"lengths": [33, 0, 7, 16], "queries": [5, 2, 9, 16], "dtype": dtype}
     options = VARIANTS[variant]
     if variant == "wide_weights" and dtype == torch.float64:
         options = {}
-    check_gradients(memkernels, "indexer_scores", sized_case(kind, **sizes | options))
+    check_gradients(kernels, "indexer_scores", sized_case(kind, **sizes | options))
 
 
 @pytest.mark.full
 @at_random(arguments=indexer_cases())
-def test_gradients_at_random(arguments):
+def test_gradients_at_random(kernels, arguments):
     assume(arguments["seq_lens"] is None or len(arguments["seq_lens"]))  # else there is no graph
-    check_gradients(memkernels, "indexer_scores", arguments, slack=ALONE)
+    check_gradients(kernels, "indexer_scores", arguments, slack=ALONE)
 
 
 TINY = {"heads": 2, "head_dim": 3, "page_size": 3, "dtype": torch.float64}
@@ -548,7 +548,7 @@ def test_relu_has_gradient_zero_at_zero(ops):
 
 def test_gradients_of_shared_pages_add_up(ops):
     """Three sequences with the same two pages: the gradient is the sum of the three."""
-    arguments = indexer_case("paged", [20, 20, 20], [2, 1, 3], dtype=torch.float64)
+    arguments = indexer_case("paged", [20, 20, 20], [2, 1, 3])
     table = arguments["page_table"][:1].expand(3, -1)
     arguments |= {"page_table": table, "seq_lens": torch.tensor([20, 20, 17]).int()}
     arguments["k"] = arguments["k"].nan_to_num()
@@ -564,11 +564,11 @@ def test_gradients_of_shared_pages_add_up(ops):
 
 
 @pytest.mark.parametrize("names", [["q"], ["w"], ["k"], ["q", "k"]])
-def test_each_gradient_only_if_asked_for(names):
+def test_each_gradient_only_if_asked_for(kernels, names):
     """Asking for fewer changes no bits of those asked for."""
     arguments = indexer_case("paged", [33, 7], [5, 7])
-    every = gradients(memkernels.indexer_scores, arguments)
-    fewer = gradients(memkernels.indexer_scores, arguments, names)
+    every = gradients(kernels.indexer_scores, arguments)
+    fewer = gradients(kernels.indexer_scores, arguments, names)
     assert_same_bits(fewer, {name: every[name] for name in names})
 
 
@@ -593,10 +593,10 @@ def test_gradients_of_keys_have_one_owner(num_threads):
         assert_same_bits(gradients(memkernels.indexer_scores, arguments), expected)
 
 
-def test_nan_reaches_the_gradients_that_use_it():
+def test_nan_reaches_the_gradients_that_use_it(kernels):
     arguments = indexer_case("alone", [9], [2], heads=1, causal=False)
     arguments["q"][1] = torch.nan
-    grads = gradients(memkernels.indexer_scores, arguments)
+    grads = gradients(kernels.indexer_scores, arguments)
     assert grads["q"][0].isfinite().all() and grads["w"][0].isfinite().all()
     assert grads["w"][1].isnan().all() and grads["k"].isnan().all()
 

@@ -48,39 +48,6 @@ void check_fits(const char* op, const BackwardParams& p, int64_t bytes, const Li
         " need more than the ", limits.of_block, " bytes of shared memory of a block on this GPU");
 }
 
-// Units, and the entries of the page table or the lists that name them.
-void find_units(const char* op, BackwardParams& p, const Context& ctx) {
-  const AttentionParams& a = p.a;
-  p.runs = a.page_table.data || a.listed;
-  p.lists = 1;
-  if (!p.runs) return;
-  const bool tokens = a.listed && a.unit == 1;
-  p.unit = tokens ? 1 : a.page_size;
-  const int64_t tokens_of_cache = int64_t{a.num_pages} * a.page_size;
-  p.num_units = tokens ? tokens_of_cache : a.num_pages;
-  if (a.listed && a.list_head_stride != 0) p.lists = a.num_kv_heads;
-  const int64_t columns = a.page_size > 0 ? a.capacity / a.page_size : 0;
-  const int64_t entries =
-      a.listed ? int64_t{a.total_q} * p.lists * a.list_length : a.num_sequences * columns;
-  const int64_t runs = p.lists * p.num_units;
-  check(entries <= kNoLimit && runs <= kNoLimit, op, entries, " entries that name ", runs,
-        " pages or tokens exceed what a CUDA launch takes");
-  p.num_entries = static_cast<int>(entries);
-  auto* const run_begin = allocate<int>(ctx, runs + 1);
-  auto* keys = allocate<uint32_t>(ctx, entries + 1);
-  auto* values = allocate<int>(ctx, entries + 1);
-  int bits = 1;
-  while (runs >> bits) ++bits;
-  if (entries > 0) {
-    launch(op, ctx, find_entries, ceil_div(entries, 256), 256, 0, p, keys, values);
-    sort_by_key(op, keys, values, p.num_entries, bits, ctx);
-  }
-  launch(op, ctx, find_runs, ceil_div(runs + 1, 256), 256, 0, static_cast<const uint32_t*>(keys),
-         p.num_entries, run_begin, runs);
-  p.entries = values;
-  p.run_begin = run_begin;
-}
-
 void run_dq(const char* op, const PagedAttentionArgs& args, BackwardParams p,
             const Kernels& kernels, int size, int dim_class, const Limits& limits,
             const Context& ctx) {
@@ -129,6 +96,38 @@ void run(const char* op, const PagedAttentionArgs& args, BackwardParams& p, cons
 }
 
 }  // namespace
+
+void find_units(const char* op, BackwardParams& p, const Context& ctx) {
+  const AttentionParams& a = p.a;
+  p.runs = a.page_table.data || a.listed;
+  p.lists = 1;
+  if (!p.runs) return;
+  const bool tokens = a.listed && a.unit == 1;
+  p.unit = tokens ? 1 : a.page_size;
+  const int64_t tokens_of_cache = int64_t{a.num_pages} * a.page_size;
+  p.num_units = tokens ? tokens_of_cache : a.num_pages;
+  if (a.listed && a.list_head_stride != 0) p.lists = a.num_kv_heads;
+  const int64_t columns = a.page_size > 0 ? a.capacity / a.page_size : 0;
+  const int64_t entries =
+      a.listed ? int64_t{a.total_q} * p.lists * a.list_length : a.num_sequences * columns;
+  const int64_t runs = p.lists * p.num_units;
+  check(entries <= kNoLimit && runs <= kNoLimit, op, entries, " entries that name ", runs,
+        " pages or tokens exceed what a CUDA launch takes");
+  p.num_entries = static_cast<int>(entries);
+  auto* const run_begin = allocate<int>(ctx, runs + 1);
+  auto* keys = allocate<uint32_t>(ctx, entries + 1);
+  auto* values = allocate<int>(ctx, entries + 1);
+  int bits = 1;
+  while (runs >> bits) ++bits;
+  if (entries > 0) {
+    launch(op, ctx, find_entries, ceil_div(entries, 256), 256, 0, p, keys, values);
+    sort_by_key(op, keys, values, p.num_entries, bits, ctx);
+  }
+  launch(op, ctx, find_runs, ceil_div(runs + 1, 256), 256, 0, static_cast<const uint32_t*>(keys),
+         p.num_entries, run_begin, runs);
+  p.entries = values;
+  p.run_begin = run_begin;
+}
 
 void paged_attention_backward(const char* op, const PagedAttentionArgs& args,
                               const PagedAttentionGrads& g, const Shapes& shapes,

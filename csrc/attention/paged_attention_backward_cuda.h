@@ -50,6 +50,9 @@ constexpr int rows_of_dkv(int item_size, int dim, int keys) {
 }
 constexpr bool has_64_keys(int item_size, int dim) { return item_size * dim <= 512; }
 
+// Units, and the entries of the page table or the lists that name them.
+void find_units(const char* op, BackwardParams& p, const Context& ctx);
+
 // Compiled one pair of T and kDim a file (paged_attention_backward_instance.cu).
 template <class T, int kDim>
 void launch_dq(const char* op, const BackwardParams& p, int64_t blocks, int64_t shared_bytes,

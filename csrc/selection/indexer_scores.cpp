@@ -17,19 +17,28 @@ namespace {
 using attention::Problem;
 using attention::Sequence;
 
-void check_arguments(const char* op, const IndexerArgs& a, const attention::Plan& plan) {
-  const Problem& p = plan.problem;
-  check_shape(op, "w", a.w, "[T, Hi]", {plan.total_q, p.num_heads});
-  check_companion(op, "w", a.w, p.dtype);
-  check_device(op, "w", a.w, a.attention.q.device);
+void check_arguments(const char* op, const IndexerArgs& a) {
+  const TensorView& q = a.attention.q;
+  check_shape(op, "w", a.w, "[T, Hi]", {q.shape[0], q.shape[1]});
+  check_companion(op, "w", a.w, q.dtype);
+  check_device(op, "w", a.w, q.device);
   const bool paged = given(a.attention.page_table);
   const int64_t capacity =
       a.attention.k_cache.shape[1] * (paged ? a.attention.page_table.shape[1] : 1);
-  check_shape(op, "scores", a.scores, "[T, N]", {plan.total_q, capacity});
-  check_dtype(op, "scores", a.scores, accumulator(p.dtype));
-  check_device(op, "scores", a.scores, a.attention.q.device);
+  check_shape(op, "scores", a.scores, "[T, N]", {q.shape[0], capacity});
+  check_dtype(op, "scores", a.scores, accumulator(q.dtype));
+  check_device(op, "scores", a.scores, q.device);
   check_contiguous(op, "scores", a.scores);
 }
+
+#ifdef MEMKERNELS_WITH_CUDA
+attention::Shapes check_on_cuda(const char* op, const IndexerArgs& a, const Context& ctx) {
+  const attention::Shapes shapes = a.one_sequence ? attention::check_shapes(op, a.attention)
+                                                  : attention::check_on_cuda(op, a.attention, ctx);
+  check_arguments(op, a);
+  return shapes;
+}
+#endif
 
 // Stretches of keys with all queries of their sequence; with some of them where fewer tasks than
 // wanted would come out.
@@ -99,9 +108,14 @@ struct Runner {
 
 void indexer_scores(const IndexerArgs& a, const Context& ctx) {
   constexpr char op[] = "indexer_scores";
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    return cuda::indexer_scores(op, a, check_on_cuda(op, a, ctx), ctx);
+  }
+#endif
   attention::Plan plan;
   attention::make_plan(op, a.attention, plan);
-  check_arguments(op, a, plan);
+  check_arguments(op, a);
   const Problem& p = plan.problem;
   const Runner runner(plan, multiply_adds_of(plan), ctx);
   std::vector<IndexerTask> tasks;
@@ -119,9 +133,14 @@ void indexer_scores(const IndexerArgs& a, const Context& ctx) {
 
 void indexer_scores_backward(const IndexerArgs& a, const IndexerGrads& grads, const Context& ctx) {
   constexpr char op[] = "indexer_scores_backward";
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    return cuda::indexer_scores_backward(op, a, grads, check_on_cuda(op, a, ctx), ctx);
+  }
+#endif
   attention::Plan plan;
   attention::make_plan(op, a.attention, plan);
-  check_arguments(op, a, plan);
+  check_arguments(op, a);
   const Problem& p = plan.problem;
   const Runner runner(plan, 3 * multiply_adds_of(plan), ctx);
   IndexerJob job{&p, &a, &grads, nullptr};

@@ -7,6 +7,10 @@
 #include "attention/problem.h"
 #include "core/isa.h"
 
+namespace memkernels::attention {
+struct Shapes;
+}
+
 namespace memkernels::selection {
 
 struct IndexerArgs {
@@ -14,6 +18,7 @@ struct IndexerArgs {
       attention;      // q [T, Hi, D]; k_cache has one head, v_cache is k_cache
   TensorView w;       // [T, Hi]
   TensorView scores;  // [T, N] float32 (float64 for float64), contiguous; N: tokens k has room for
+  bool one_sequence = false;  // of all queries, whose offsets are in the host's memory
 };
 
 void indexer_scores(const IndexerArgs& args, const Context& ctx);
@@ -27,6 +32,13 @@ struct IndexerGrads {
 
 void indexer_scores_backward(const IndexerArgs& args, const IndexerGrads& grads,
                              const Context& ctx);
+
+namespace cuda {
+void indexer_scores(const char* op, const IndexerArgs& args, const attention::Shapes& shapes,
+                    const Context& ctx);
+void indexer_scores_backward(const char* op, const IndexerArgs& args, const IndexerGrads& grads,
+                             const attention::Shapes& shapes, const Context& ctx);
+}  // namespace cuda
 
 struct IndexerJob {
   const attention::Problem* problem;

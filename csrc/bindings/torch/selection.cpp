@@ -244,6 +244,7 @@ selection::IndexerArgs indexer_args(const char* op, const Tensor& q, const Tenso
   if (keys.ndim == 2) {
     const bool alone = !page_table && !seq_lens && !cu_seqlens_q;
     check(alone, op, "page_table, seq_lens and cu_seqlens_q must be None with k [N, D]");
+    a.one_sequence = true;
     offsets[1] = inputs.q.shape[0];
     inputs.cu_seqlens_q = TensorView{offsets, Dtype::i64, inputs.q.device, 1, {2}, {1}};
     for (int i = 2; i > 0; --i) {
@@ -344,7 +345,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MEMKERNELS_NAMESPACE, m) {
       "-> (Tensor dq, Tensor dw, Tensor dk)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) {
+template <class Library>
+void implement(Library& m) {
   m.impl("summarize_keys", TORCH_BOX(&summarize_keys));
   m.impl("update_summaries", TORCH_BOX(&update_summaries));
   m.impl("score_pages", TORCH_BOX(&score_pages));
@@ -357,17 +359,10 @@ STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) {
   m.impl("indexer_scores_backward", TORCH_BOX(&indexer_scores_backward));
 }
 
+STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) { implement(m); }
+
 #if defined(MEMKERNELS_WITH_CUDA) && !defined(MEMKERNELS_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CUDA, m) {
-  m.impl("summarize_keys", TORCH_BOX(&summarize_keys));
-  m.impl("update_summaries", TORCH_BOX(&update_summaries));
-  m.impl("score_pages", TORCH_BOX(&score_pages));
-  m.impl("select_topk", TORCH_BOX(&select_topk));
-  m.impl("evict", TORCH_BOX(&evict));
-  m.impl("attention_colstats", TORCH_BOX(&attention_colstats));
-  m.impl("accumulate_colstats", TORCH_BOX(&accumulate_colstats));
-  m.impl("knn_topk", TORCH_BOX(&knn_topk));
-}
+STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CUDA, m) { implement(m); }
 #endif
 
 }  // namespace memkernels::binding

@@ -69,6 +69,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// x, or 0 where that is less; a NaN stays.
+__device__ __forceinline__ float relu(float x) {
+  float y;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 
