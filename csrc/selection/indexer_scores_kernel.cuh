@@ -17,7 +17,7 @@ using attention::cuda::first_query;
 using attention::cuda::last_at_most;
 
 // Of the only sequence.
-inline __global__ void write_offsets(int total_q, int64_t* offsets) {
+static __global__ void write_offsets(int total_q, int64_t* offsets) {
   offsets[0] = 0;
   offsets[1] = total_q;
 }

@@ -277,7 +277,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MEMKERNELS_NAMESPACE, m) {
 }
 
 template <class Library>
-void implement(Library& m) {
+static void implement(Library& m) {
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
   m.impl("paged_attention_backward", TORCH_BOX(&paged_attention_backward));
   m.impl("gather_attention", TORCH_BOX(&gather_attention));

@@ -346,7 +346,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MEMKERNELS_NAMESPACE, m) {
 }
 
 template <class Library>
-void implement(Library& m) {
+static void implement(Library& m) {
   m.impl("summarize_keys", TORCH_BOX(&summarize_keys));
   m.impl("update_summaries", TORCH_BOX(&update_summaries));
   m.impl("score_pages", TORCH_BOX(&score_pages));
