@@ -61,6 +61,37 @@ def test_gradients_of_integers_are_exact_for_every_dim(ops, dtype):
         assert_same_bits(actual, torch.from_numpy(exact).to(dtype))
 
 
+def long_rows(dim, dtype=torch.float32, **options):
+    """Rows of one entry to more than 2048, which end anywhere."""
+    arguments = backward_case(bag_case((170, 20), 90, dim, dtype=dtype, **options))
+    rows = torch.arange(90).repeat_interleave(torch.tensor([1, 64, 65, 130, 2100] + [3] * 85))
+    rows = torch.nn.functional.pad(rows, (0, 3400 - len(rows)), value=-1)
+    order = torch.randperm(3400, generator=torch.Generator().manual_seed(0))
+    return arguments | {"input": rows[order].view(170, 20)}
+
+
+@pytest.mark.parametrize("dim", [5, 24])
+def test_long_rows_of_integers_are_exact(ops, dim):
+    arguments = long_rows(dim, integers=True)
+    exact = [torch.from_numpy(x) for x in reference.embedding_bag_backward(**arrays(arguments))]
+    exact[1] = exact[1].float()
+    assert_same_bits(rows_of(ops, arguments), tuple(exact))
+    out = torch.zeros(90, dim)
+    ops.embedding_bag_backward(**arguments, out=out)
+    assert_same_bits(out, exact[1][:90])
+
+
+def test_the_gradient_of_a_row_depends_on_its_entries_alone(kernels):
+    arguments = long_rows(8, torch.bfloat16)
+    _, expected, _ = rows_of(kernels, arguments)
+    input = arguments["input"]
+    for others in range(90), (2, 4), (3,), (4, 50, 89):
+        kept = torch.isin(input, torch.tensor(others))
+        rows, grads, count = rows_of(kernels, arguments | {"input": input.where(kept, -1)})
+        assert rows[:count].tolist() == list(others)
+        assert_same_bits(grads[:count], expected[rows[:count]])
+
+
 @pytest.mark.parametrize("index_dtype", INDEX_DTYPES)
 def test_rows_of_nothing(ops, index_dtype):
     empty = torch.empty(0, 3, dtype=index_dtype)

@@ -4,6 +4,7 @@
 
 #include "attention/plan.h"
 #include "core/check.h"
+#include "core/cuda/host_copy.h"
 #include "core/memory.h"
 #include "lookup/bags.h"
 #include "lookup/page_in.h"
@@ -109,6 +110,18 @@ void embedding_bag_backward(const char* op, const EmbeddingBagGrads& a, int64_t 
     check_apart(op, "out", a.dense, "input", a.bags.input);
     check_apart(op, "out", a.dense, "per_sample_weights", a.bags.factors);
   }
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    if (ctx.check_indices) {
+      HostCopies copies(op, ctx);
+      Bags read{a.bags.input, a.bags.offsets, {}};
+      copies.replace(read.input);
+      copies.replace(read.offsets);
+      make_lists(op, "input", read, num_embeddings, Dtype::f32);
+    }
+    return cuda::embedding_bag_backward(op, a, num_embeddings, ctx);
+  }
+#endif
   const Dtype sums = accumulator(a.grad.dtype);
   const OwnedLists lists = make_lists(op, "input", a.bags, num_embeddings, sums);
   const Readers readers = invert(op, lists, num_embeddings, sums);

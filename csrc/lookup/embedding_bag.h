@@ -32,12 +32,18 @@ struct EmbeddingBagGrads {
   // [N, D], zero or with `accumulate` not: what the gradient is added to.
   TensorView dense;
   bool accumulate = false;
-  // Or rows [M] int64, their gradients [M, D] in the accumulator's dtype, zero, and their number.
+  // Or rows [M] int64, their gradients [M, D] in the accumulator's dtype, on the CPU zero, and
+  // their number.
   TensorView rows, grads, count;
 };
 
 void embedding_bag_backward(const char* op, const EmbeddingBagGrads& args, int64_t num_embeddings,
                             const Context& ctx);
+
+namespace cuda {
+void embedding_bag_backward(const char* op, const EmbeddingBagGrads& args, int64_t num_embeddings,
+                            const Context& ctx);  // checked ones
+}
 
 struct EmbeddingBagWeightsArgs {
   Bags bags;          // without factors

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/check.h"
+#include "core/cuda/host_copy.h"
 
 namespace memkernels::lookup {
 
@@ -95,6 +96,18 @@ void row_update(const char* op, const RowUpdateArgs& a, const Context& ctx) {
                   *arguments[j].second);
     }
   }
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    if (ctx.check_indices) {
+      HostCopies copies(op, ctx);
+      RowUpdateArgs read = a;
+      copies.replace(read.rows);
+      copies.replace(read.count);
+      checked_rows(op, read);
+    }
+    return cuda::row_update(op, a, ctx);
+  }
+#endif
   const std::vector<int64_t> rows = checked_rows(op, a);
 
   const Isa isa = isa_for(a.param.dtype);

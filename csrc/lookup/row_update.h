@@ -23,6 +23,10 @@ struct RowUpdateArgs {
 
 void row_update(const char* op, const RowUpdateArgs& args, const Context& ctx);
 
+namespace cuda {
+void row_update(const char* op, const RowUpdateArgs& args, const Context& ctx);  // checked ones
+}
+
 // Entries [begin, end) of rows, which are different ones.
 using RowUpdateKernel = void (*)(const RowUpdateArgs& args, const int64_t* rows, int64_t begin,
                                  int64_t end);

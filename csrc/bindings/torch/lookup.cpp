@@ -80,7 +80,12 @@ std::tuple<Tensor, Tensor, Tensor> embedding_bag_backward(const Tensor& grad, co
   check(num_embeddings >= 0, op, "num_embeddings must not be negative, got ", num_embeddings);
   const int64_t size = numel(a.bags.input);
   Tensor rows = empty({size}, Dtype::i64, a.grad.device);
-  Tensor grads = sparse_zeros({size, a.grad.shape[1]}, accumulator(a.grad.dtype), a.grad.device);
+  const int64_t dim = a.grad.shape[1];
+  const Dtype sums = accumulator(a.grad.dtype);
+  // CUDA kernels also write what is not used.
+  Tensor grads = a.grad.device.type == DeviceType::cuda
+                     ? empty({size, dim}, sums, a.grad.device)
+                     : sparse_zeros({size, dim}, sums, a.grad.device);
   Tensor count = empty({1}, Dtype::i64, a.grad.device);
   a.rows = view(op, "rows", rows);
   a.grads = view(op, "grads", grads);
@@ -394,5 +399,16 @@ STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) {
   m.impl("row_adagrad", TORCH_BOX(&row_adagrad));
   m.impl("row_adam", TORCH_BOX(&row_adam));
 }
+
+#if defined(MEMKERNELS_WITH_CUDA) && !defined(MEMKERNELS_SIMT)
+STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CUDA, m) {
+  m.impl("embedding_bag_backward", TORCH_BOX(&embedding_bag_backward));
+  m.impl("embedding_bag_dense", TORCH_BOX(&embedding_bag_dense));
+  m.impl("embedding_bag_accumulate", TORCH_BOX(&embedding_bag_accumulate));
+  m.impl("row_sgd", TORCH_BOX(&row_sgd));
+  m.impl("row_adagrad", TORCH_BOX(&row_adagrad));
+  m.impl("row_adam", TORCH_BOX(&row_adam));
+}
+#endif
 
 }  // namespace memkernels::binding
