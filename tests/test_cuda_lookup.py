@@ -10,27 +10,13 @@ import pytest
 import torch
 
 import cuda_ops
-from lookup_cases import backward_case, bag_case, rows_case
+from checks import gradients
+from lookup_cases import backward_case, bag_case, ffn_case, rows_case
 from tolerance import assert_same_bits
 
-# By name, functions of `run(op, *args, **kwargs)`, which calls an op with its CUDA kernel. They
-# return what several of its paths compute of random inputs.
-CASES = {}
-# The same of what must not depend on indices out of range: they compare it themselves.
-UNCHECKED = {}
+# ---- gradients of bags, steps of rows ------------------------------------------------------------
 
 
-def case(compute):
-    CASES[compute.__name__] = compute
-    return compute
-
-
-def unchecked(compute):
-    UNCHECKED[compute.__name__] = compute
-    return compute
-
-
-@case
 def gradients_of_bags(run):
     """Rows of few entries, and of more than 64 and 2048; of 16 bytes and not."""
     results = []
@@ -51,7 +37,6 @@ def gradients_of_bags(run):
     return results
 
 
-@unchecked
 def gradients_of_bags_out_of_range(run):
     arguments = backward_case(bag_case((40, 9), 20, 8))
     arguments["input"][3, 2], arguments["input"][7, 5] = 10**12, -9
@@ -63,7 +48,6 @@ def gradients_of_bags_out_of_range(run):
         run("embedding_bag_backward", **flat | {"offsets": torch.tensor(offsets)})
 
 
-@case
 def steps_of_rows(run):
     results = []
     for dim, dtype, wide in (24, torch.float32, True), (37, torch.bfloat16, False):
@@ -76,7 +60,6 @@ def steps_of_rows(run):
     return results
 
 
-@unchecked
 def steps_of_rows_out_of_range(run):
     def step(rows, count):
         arguments = rows_case("row_adam", 20, 8, 9, capacity=9)
@@ -91,36 +74,6 @@ def steps_of_rows_out_of_range(run):
     assert_same_bits(step(rows, -5), step(rows, 0))
 
 
-def every_kernel(run):
-    """For a process under a sanitizer."""
-    for compute in CASES.values():
-        compute(run)
-    for compare in UNCHECKED.values():
-        compare(functools.partial(run, check_indices=False))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_same_bits_for_any_schedule(name):
-    expected = CASES[name](cuda_ops.on_host)
-    for seed, copies in (1, "lazy"), (2, "random"), (3, "eager"):
-        with cuda_ops.schedule(seed, copies):
-            assert_same_bits(CASES[name](cuda_ops.on_host), expected)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", CASES)
-def test_no_races(name):
-    cuda_ops.races()
-    with cuda_ops.schedule(1, runner=cuda_ops.library("race")):
-        CASES[name](functools.partial(cuda_ops.on_host, check="race"))
-    assert cuda_ops.races() == (0, "")
-
-
-@pytest.mark.parametrize("name", UNCHECKED)
-def test_indices_out_of_range_are_skipped(name):
-    UNCHECKED[name](functools.partial(cuda_ops.on_host, check_indices=False))
-
-
 def test_most_rows_that_can_be_sorted_by():
     """As many as keys of 32 bits tell apart from what is skipped."""
     arguments = {"grad": torch.ones(2, 3), "input": torch.tensor([[2**32 - 2], [-1]])}
@@ -129,3 +82,72 @@ def test_most_rows_that_can_be_sorted_by():
     assert rows.tolist() == [2**32 - 2, -1]
     with pytest.raises(RuntimeError, match="num_embeddings = 4294967296 exceeds"):
         cuda_ops.on_host("embedding_bag_backward", **arguments, num_embeddings=most + 1)
+
+
+# ---- sparse networks -----------------------------------------------------------------------------
+
+
+# The host runner has two multiprocessors: one to three tokens of many neurons share their work
+# among several blocks.
+NETWORKS = {
+    "a token's columns": ((5, 41, 30, (40, 150)), {"factors": "wide"}),
+    "runs of a narrow sum": ((5, 300, 30, (300, 24)), {"dtype": torch.bfloat16}),
+    "elements one by one": ((4, 13, 30, (37, 21)), {"factors": "same", "activation": "silu"}),
+    "few tokens": ((2, 300, 30, (72, 40)), {"factors": "same", "activation": "relu"}),
+    "few tokens of odd rows": ((3, 300, 30, (99, 33)), {"dtype": torch.half}),
+}
+
+
+def networks(run):
+    results = []
+    for sizes, options in NETWORKS.values():
+        arguments = ffn_case(*sizes, **options)
+        results.append(run("sparse_ffn", **arguments))
+        results += gradients(functools.partial(run, "sparse_ffn"), arguments).values()
+    return results
+
+
+def neurons_out_of_range(run):
+    for sizes, options in NETWORKS.values():
+        arguments = ffn_case(*sizes, **options)
+        skipped = arguments["indices"] < 0
+        nonsense = arguments["indices"].masked_fill(skipped, -(10**12))
+        nonsense[:, ::2] = nonsense[:, ::2].masked_fill(skipped[:, ::2], 2**32 + 1)
+        both = [arguments | {"indices": nonsense}, arguments]
+        assert_same_bits(*(run("sparse_ffn", **a) for a in both))
+        names = [name for name in ("x", "weights") if arguments[name] is not None]
+        assert_same_bits(*(gradients(functools.partial(run, "sparse_ffn"), a, names) for a in both))
+
+
+@pytest.mark.parametrize("dims", [(72, 40), (128, 300), (37, 77)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_networks_give_the_same_bits_alone_and_in_a_batch(dims, dtype):
+    """In several blocks a token and in one, that is."""
+
+    def outcome(tokens, many):
+        x, *tables, weights = (
+            arguments[name][:tokens] if name in ("x", "weights") else arguments[name]
+            for name in ("x", "up", "down", "weights")
+        )
+        x.requires_grad_(), weights.requires_grad_()
+        cuda_ops.launches()
+        out = cuda_ops.on_host("sparse_ffn", x, *tables, arguments["indices"][:tokens], weights)
+        assert cuda_ops.launches() == many
+        grads = torch.autograd.grad(out, (x, weights), torch.ones_like(out))
+        assert cuda_ops.launches() == many
+        return [result[:1] for result in (out, *grads)]
+
+    arguments = ffn_case(4, 500, 40, dims, factors="wide", dtype=dtype)
+    assert_same_bits(outcome(1, 2), outcome(4, 1))
+
+
+CASES = {f.__name__: f for f in (gradients_of_bags, steps_of_rows, networks)}
+UNCHECKED = {
+    f.__name__: f
+    for f in (gradients_of_bags_out_of_range, steps_of_rows_out_of_range, neurons_out_of_range)
+}
+(
+    test_same_bits_for_any_schedule,
+    test_no_races,
+    test_indices_out_of_range_are_skipped,
+) = cuda_ops.tests_of(CASES, UNCHECKED)

@@ -368,9 +368,9 @@ VARIANTS = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_of_networks(variant, dtype):
+def test_gradients_of_networks(kernels, variant, dtype):
     arguments = ffn_case(9, 12, 40, (37, 64), dtype=dtype, **VARIANTS[variant])
-    check_gradients(memkernels, "sparse_ffn", arguments, slack=8)
+    check_gradients(kernels, "sparse_ffn", arguments, slack=8)
 
 
 @activations

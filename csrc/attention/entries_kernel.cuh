@@ -8,7 +8,7 @@ namespace memkernels::attention::cuda {
 
 // The sort key of every entry of the page table, or of the lists; entries that name nothing that
 // exists come last.
-inline __global__ void __launch_bounds__(256)
+static __global__ void __launch_bounds__(256)
     find_entries(const BackwardParams params, uint32_t* keys, int* entries) {
   const AttentionParams& p = params.a;
   const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
@@ -46,7 +46,7 @@ inline __global__ void __launch_bounds__(256)
 }
 
 // Where the entries of each unit begin, among n sorted ones.
-inline __global__ void __launch_bounds__(256)
+static __global__ void __launch_bounds__(256)
     find_runs(const uint32_t* keys, int n, int* run_begin, int64_t num_runs) {
   const int64_t run = int64_t{blockIdx.x} * 256 + threadIdx.x;
   if (run > num_runs) return;

@@ -15,13 +15,6 @@ using namespace memkernels::cuda;
 inline constexpr float kLog2e = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.69314718055994530942f;
 
-// A float32 beside tensors of type T, or one of them.
-template <class T>
-__device__ __forceinline__ float companion_at(const void* data, bool is_float, int64_t offset) {
-  return is_float ? static_cast<const float*>(data)[offset]
-                  : widen(static_cast<const T*>(data)[offset]);
-}
-
 // A bias in units of log2; finite ones stay finite, since -inf hides a key.
 __device__ __forceinline__ float to_base_2(float bias) {
   const float x = bias * kLog2e;

@@ -17,7 +17,7 @@
 namespace memkernels::lookup::cuda {
 
 // Blocks: 256 entries.
-inline __global__ void __launch_bounds__(256) key_entries(const BagGradParams p) {
+static __global__ void __launch_bounds__(256) key_entries(const BagGradParams p) {
   const int64_t place = int64_t{blockIdx.x} * 256 + threadIdx.x;
   if (place >= p.n) return;
   const int i = static_cast<int>(place);
@@ -50,7 +50,7 @@ __device__ __forceinline__ bool is_boundary(const BagGradParams& p, int64_t plac
 }
 
 // Blocks: those of add_pieces.
-inline __global__ void __launch_bounds__(kPositions) count_heads(const BagGradParams p) {
+static __global__ void __launch_bounds__(kPositions) count_heads(const BagGradParams p) {
   int* const counts = reinterpret_cast<int*>(shared_memory());
   const int64_t place = int64_t{blockIdx.x} * kPositions + threadIdx.x;
   const bool head = is_used(p, place) && is_boundary(p, place);
@@ -64,7 +64,7 @@ inline __global__ void __launch_bounds__(kPositions) count_heads(const BagGradPa
 }
 
 // Of n counts, the sum of those before each, and of all. One block.
-inline __global__ void __launch_bounds__(kScanThreads, 1)
+static __global__ void __launch_bounds__(kScanThreads, 1)
     scan_counts(int* counts, int64_t n, int64_t* total) {
   int* const warp_sums = reinterpret_cast<int*>(shared_memory());
   const int tid = threadIdx.x, lane = tid % 32;

@@ -2,6 +2,7 @@
 
 #include "attention/plan.h"
 #include "core/check.h"
+#include "core/cuda/host_copy.h"
 #include "core/memory.h"
 #include "lookup/bags.h"
 
@@ -26,6 +27,16 @@ void check_arguments(const char* op, const SparseFfnArgs& a) {
   check_shape(op, "indices", a.indices, "[T, K]", {a.x.shape[0], -1});
 }
 
+#ifdef MEMKERNELS_WITH_CUDA
+void check_contents(const char* op, const SparseFfnArgs& a, const Context& ctx) {
+  if (!ctx.check_indices) return;
+  HostCopies copies(op, ctx);
+  TensorView indices = a.indices;
+  copies.replace(indices);
+  make_lists(op, "indices", {indices, {}, {}}, a.up.shape[0], Dtype::f32);
+}
+#endif
+
 // Calls task(kernel, lists, begin, end, scratch) for blocks of tokens.
 template <class Task>
 void for_tokens(const char* op, const SparseFfnArgs& a, const Context& ctx, const Task& task) {
@@ -49,6 +60,12 @@ void for_tokens(const char* op, const SparseFfnArgs& a, const Context& ctx, cons
 void sparse_ffn(const SparseFfnArgs& a, const Context& ctx) {
   constexpr char op[] = "sparse_ffn";
   check_arguments(op, a);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    check_contents(op, a, ctx);
+    return cuda::sparse_ffn(a, ctx);
+  }
+#endif
   for_tokens(op, a, ctx, [&](auto& kernel, auto& lists, int64_t begin, int64_t end, void* scratch) {
     kernel.forward(a, lists, begin, end, scratch);
   });
@@ -61,6 +78,12 @@ void sparse_ffn_backward(const SparseFfnArgs& a, const SparseFfnGrads& g, const 
   check_dtype(op, "dy", g.dy, a.x.dtype);
   check_device(op, "dy", g.dy, a.x.device);
   check_rows_contiguous(op, "dy", g.dy);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    check_contents(op, a, ctx);
+    return cuda::sparse_ffn_backward(a, g, ctx);
+  }
+#endif
   for_tokens(op, a, ctx, [&](auto& kernel, auto& lists, int64_t begin, int64_t end, void* scratch) {
     kernel.backward(a, g, lists, begin, end, scratch);
   });

@@ -36,6 +36,12 @@ struct SparseFfnGrads {
 void sparse_ffn_backward(const SparseFfnArgs& args, const SparseFfnGrads& grads,
                          const Context& ctx);
 
+namespace cuda {
+void sparse_ffn(const SparseFfnArgs& args, const Context& ctx);  // checked ones
+void sparse_ffn_backward(const SparseFfnArgs& args, const SparseFfnGrads& grads,
+                         const Context& ctx);
+}  // namespace cuda
+
 struct SparseFfnKernel {
   size_t (*scratch_bytes)(const SparseFfnArgs& args);
   // Tokens [begin, end). `lists` are the neurons of each token, with their weights as factors.

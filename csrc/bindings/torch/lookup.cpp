@@ -408,6 +408,8 @@ STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CUDA, m) {
   m.impl("row_sgd", TORCH_BOX(&row_sgd));
   m.impl("row_adagrad", TORCH_BOX(&row_adagrad));
   m.impl("row_adam", TORCH_BOX(&row_adam));
+  m.impl("sparse_ffn", TORCH_BOX(&sparse_ffn));
+  m.impl("sparse_ffn_backward", TORCH_BOX(&sparse_ffn_backward));
 }
 #endif
 

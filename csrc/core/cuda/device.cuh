@@ -34,6 +34,13 @@ __device__ __forceinline__ void store_pair(T* to, float first, float second) {
   *reinterpret_cast<uint32_t*>(to) = pack(T(), first, second);
 }
 
+// A float32 beside tensors of type T, or one of them.
+template <class T>
+__device__ __forceinline__ float companion_at(const void* data, bool is_float, int64_t offset) {
+  return is_float ? static_cast<const float*>(data)[offset]
+                  : widen(static_cast<const T*>(data)[offset]);
+}
+
 __device__ __forceinline__ int64_t integer_at(const Integers& t, int64_t offset) {
   return t.wide ? static_cast<const int64_t*>(t.data)[offset]
                 : static_cast<const int32_t*>(t.data)[offset];
