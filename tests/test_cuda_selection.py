@@ -67,7 +67,7 @@ def test_one_block_selects_as_several_do():
     assert_same_bits(row, rows[:1])
 
 
-def test_a_sparse_step_of_decoding_is_three_launches():
+def test_a_sparse_step_of_decoding_is_three_kernels():
     case = attention_case("paged", [600, 40], heads=(8, 2), dtype=BF16)
     inputs = case.page_table, case.seq_lens
     summary = cuda_ops.on_host("summarize_keys", case.k_cache, *inputs)
@@ -101,6 +101,9 @@ COLSTATS = {
     ),
     "colstats_append_f32": lambda: stats_of(
         [190, 90, 0], [3, 20, 2], heads=(6, 2), window=70, sink_tokens=3, reduce="max"
+    ),
+    "colstats_of_many_bf16": lambda: stats_of(
+        [300, 30, 0, 9] * 10, heads=(8, 8), head_dims=(16, 1), dtype=BF16
     ),
     "colstats_prefill_f16": lambda: stats_of(
         [140, 150], [140, 60], "contiguous", "count", head_dims=(37, 1), dtype=F16

@@ -544,6 +544,10 @@ SCORE_ERRORS = TABLE_ERRORS | QUERY_ERRORS | {
     "extrema_as_means": ("summary", {"kind": "mean"}),
     "three_extrema": ("summary", lambda c: {"summary": c.summary[:, :, [0, 0, 1]]}),
     "pages_of_summary": ("page_table|summary", lambda c: {"summary": c.summary[:1]}),
+    "queries_of_no_sequence": ("q|cu_seqlens_q", lambda c: {
+        "page_table": c.page_table[:0], "seq_lens": c.seq_lens[:0],
+        "cu_seqlens_q": torch.zeros(1, dtype=torch.int32),
+    }),
     "page_size_zero": ("page_size", {"page_size": 0}),
     "no_heads_of_q": ("q", lambda c: {"q": c.q[:, :0]}),
     "scale_nan": ("scale", {"scale": float("nan")}),

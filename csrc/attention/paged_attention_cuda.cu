@@ -6,8 +6,8 @@
 #include <iterator>
 #include <utility>
 
+#include "attention/paged_attention_kernel.cuh"
 #include "attention/plan.h"
-#include "core/cuda/tile.cuh"
 
 namespace memkernels::attention::cuda {
 
@@ -189,6 +189,8 @@ void paged_attention(const char* op, const PagedAttentionArgs& a, const Shapes& 
   // Packed keys have as many queries, as a rule, so that they are never split.
   p.splits =
       shapes.packed ? 1 : static_cast<int>(std::clamp<int64_t>(ceil_div(keys, 256), 1, kMaxSplits));
+  const int64_t merged_rows = single_queries(a) ? std::min(rows, p.group) : rows;
+  const int64_t merged_parts = merged_rows * ceil_div(p.dim_v, 128);  // of a warp
   if (p.splits > 1) {
     const int64_t of_sequences = shapes.batch * p.partial_queries;
     p.partial_by_query = shapes.total_q <= of_sequences;
@@ -196,9 +198,11 @@ void paged_attention(const char* op, const PagedAttentionArgs& a, const Shapes& 
     p.partial_out = static_cast<float*>(ctx.allocate(ctx, partials * shapes.dim_v * 4));
     p.partial_states =
         static_cast<PartialState*>(ctx.allocate(ctx, partials * sizeof(PartialState)));
-    const int64_t bytes = slots * shapes.kv_heads * sizeof(int);
-    p.arrivals = static_cast<int*>(ctx.allocate(ctx, bytes));
-    clear(op, ctx, p.arrivals, bytes);
+    if (rows == 16 && merged_parts <= 2 * kMergeThreads / 32) {
+      const int64_t bytes = slots * shapes.kv_heads * sizeof(int);
+      p.arrivals = static_cast<int*>(ctx.allocate(ctx, bytes));
+      clear(op, ctx, p.arrivals, bytes);
+    }
   }
   p.split_blocks = p.splits;
   if (rows == 16) {
@@ -209,6 +213,16 @@ void paged_attention(const char* op, const PagedAttentionArgs& a, const Shapes& 
   }
   launch_for(a.q.dtype, dim_class)(op, p, rows, slots * p.split_blocks * shapes.kv_heads,
                                    shared.bytes, ctx);
+  if (p.splits == 1 || p.arrivals) return;
+  with_type(a.q.dtype, [&](auto type) {
+    using T = decltype(type);
+    const int blocks = static_cast<int>(ceil_div(merged_parts, kMergeThreads / 32));
+    const auto kernel = rows == 16   ? merge_rows<T, 16>
+                        : rows == 64 ? merge_rows<T, 64>
+                                     : merge_rows<T, 128>;
+    launch(op, ctx, kernel, slots * shapes.kv_heads * blocks, kMergeThreads,
+           kMergeThreads / 32 * sizeof(int), p, blocks);
+  });
 }
 
 }  // namespace memkernels::attention::cuda

@@ -11,6 +11,7 @@ using namespace memkernels::cuda;
 // Longer queries than these fill the GPU without splitting keys, and would need large partials.
 inline constexpr int kMaxSplitQueries = 16;
 inline constexpr int kMaxSplits = 32;
+inline constexpr int kMergeThreads = 128;
 inline constexpr int kNoLimit = 0x7fffffff;
 
 // Head dimensions up to which kernels exist; smaller ones take the next.
@@ -65,13 +66,14 @@ struct AttentionParams {
   void* out;            // [total_q, Hq, Dv]
   float* lse;           // [total_q, Hq]
   // Where splits > 1: partial results of the queries of sequences that have at most
-  // partial_queries, so many of each sequence; or of all queries, if they are fewer. The last
-  // block of a row to arrive merges them.
+  // partial_queries, so many of each sequence; or of all queries, if they are fewer.
   int partial_queries;
   bool partial_by_query;
   float* partial_out;            // [num_partials, Hq, splits, Dv]
   PartialState* partial_states;  // [num_partials, Hq, splits]
-  int* arrivals;                 // [blocks of rows, Hkv], zeroed: blocks that have stored theirs
+  // [blocks of rows, Hkv], zeroed: blocks that have stored theirs, of which the last merges all; or
+  // null: a kernel of its own does.
+  int* arrivals;
 };
 
 // The head dimension of the kernels that take this one.

@@ -4,8 +4,8 @@
 //
 // A block owns kRows rows, queries times heads of one KV head, and splits of their keys, which it
 // reads once for all of them (key_stream.cuh). Scores and values are multiplied on tensor
-// cores: warps share the keys of the scores, then the columns of the values. Of the blocks that
-// share the splits of some rows, the last to store its own merges them all, in their order.
+// cores: warps share the keys of the scores, then the columns of the values. Where rows are few,
+// the last of the blocks that share their splits to store its own merges them all, in their order.
 //
 // Cost: (D + Dv) elements of memory and 2 (D + Dv) kRows flops a key and KV head. In decoding with
 // groups of 4 in 16-bit that is 8 flops a byte used of 32 issued; an H200 has some 200 (4.8 TB/s,
@@ -29,6 +29,10 @@ struct Shape {
   static constexpr int kKeyBlocks = (kKeys / 8 + kWarpsOverKeys - 1) / kWarpsOverKeys;
   static constexpr int kColumnBlocks = kDim / 8 / kWarpsOverKeys;
   static constexpr int kScorePitch = kKeys + 8;
+};
+
+struct alignas(16) Four {
+  float x[4];
 };
 
 // What a row's weighted sum of values is multiplied with, and its lse.
@@ -155,24 +159,26 @@ __device__ __forceinline__ void load_queries(const Tile& tile, const AttentionPa
 // it sees what all of them have stored.
 __device__ __forceinline__ bool arrives_last(const AttentionParams& p, const Stream& s,
                                              int64_t rows_of_head, int* scratch) {
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
     const int blocks = s.num_splits < p.split_blocks ? s.num_splits : p.split_blocks;
+    __threadfence();
     *scratch = atomicAdd(&p.arrivals[rows_of_head], 1) == blocks - 1;
+    __threadfence();
   }
   __syncthreads();
-  __threadfence();
   return *scratch;
 }
 
-// Merges the splits of a block's rows, in their order. A warp has 128 columns of a row at a time.
-template <class T, int kRows, int kThreads>
-__device__ __forceinline__ void merge_splits(const AttentionParams& p, const Stream& s, int head) {
+// Merges the splits of a block's rows, in their order; a warp has 128 columns of a row at a time,
+// part `first` and every `step`-th of those.
+template <class T, int kRows>
+__device__ __forceinline__ void merge_splits(const AttentionParams& p, const Stream& s, int head,
+                                             int first, int step) {
   const int lane = threadIdx.x % 32, n = s.num_splits, chunks = (p.dim_v + 127) / 128;
   const int left = s.num_queries * p.group - s.first_row, rows = left < kRows ? left : kRows;
-  for (int part = threadIdx.x / 32; part < rows * chunks; part += kThreads / 32) {
-    const int row = s.first_row + part / chunks, chunk = part % chunks;
+  for (int part = first; part < rows * chunks; part += step) {
+    const int row = s.first_row + part / chunks, column = part % chunks * 128 + 4 * lane;
     const int query = row / p.group, q_head = head * p.group + row % p.group;
     const int64_t partial = ((s.partial + query) * p.num_heads + q_head) * p.splits;
     PartialState state{-kInfinity, 0.f};  // of split `lane`
@@ -186,25 +192,56 @@ __device__ __forceinline__ void merge_splits(const AttentionParams& p, const Str
     const Outcome outcome = finish_row(most, sum, p.sink_logit != nullptr, sink_of<T>(p, q_head));
 
     const int64_t to = (s.query + int64_t{query}) * p.num_heads + q_head;
-    if (lane == 0 && chunk == 0) p.lse[to] = outcome.lse;
+    if (column == 0) p.lse[to] = outcome.lse;
     T* const out = static_cast<T*>(p.out) + to * p.dim_v;
     const float* const outs = p.partial_out + partial * p.dim_v;
+    const bool whole = p.dim_v % 4 == 0 && column < p.dim_v;
     float x[4] = {};
-#pragma unroll 4
+#pragma unroll 8
     for (int i = 0; i < n; ++i) {
       const float w = __shfl_sync(kWholeWarp, weight, i);
+      const float* const from = outs + int64_t{i} * p.dim_v + column;
+      Four four{};
+      if (whole) {
+        four = *reinterpret_cast<const Four*>(from);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (column + j < p.dim_v) four.x[j] = from[j];
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) x[j] += w * four.x[j];
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[j] *= outcome.factor;
+    if (whole) {
+      store_pair(out + column, x[0], x[1]);
+      store_pair(out + column + 2, x[2], x[3]);
+    } else {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int column = 128 * chunk + 32 * j + lane;
-        if (column < p.dim_v) x[j] += w * outs[int64_t{i} * p.dim_v + column];
+        if (column + j < p.dim_v) narrow(x[j], out[column + j]);
       }
     }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int column = 128 * chunk + 32 * j + lane;
-      if (column < p.dim_v) narrow(x[j] * outcome.factor, out[column]);
-    }
   }
+}
+
+// The same by blocks of their own, where it is more than a block should do: `blocks` of four warps
+// for those rows of a head.
+template <class T, int kRows>
+__global__ void __launch_bounds__(kMergeThreads, 1)
+    merge_rows(const AttentionParams p, int blocks) {
+  const int head = static_cast<int>(blockIdx.x / blocks % p.num_kv_heads);
+  Stream s;
+  if (!find_stream<kRows, kMergeThreads>(p, blockIdx.x / blocks / p.num_kv_heads, 0, head,
+                                         reinterpret_cast<int*>(shared_memory()), s) ||
+      s.num_splits == 1) {
+    return;
+  }
+  constexpr int kWarps = kMergeThreads / 32;
+  const int first = static_cast<int>(blockIdx.x % blocks) * kWarps + threadIdx.x / 32;
+  merge_splits<T, kRows>(p, s, head, first, blocks * kWarps);
 }
 
 template <class T, int kDim, int kRows>
@@ -359,8 +396,11 @@ __global__ void __launch_bounds__(Shape<T, kDim, kRows>::kThreads, 1)
   } else {
     attend_split(first_split);
   }
-  if (s.num_splits > 1 && arrives_last(p, s, slot * p.num_kv_heads + head, scratch)) {
-    merge_splits<T, kRows, S::kThreads>(p, s, head);
+  if constexpr (kRows == 16) {
+    if (s.num_splits > 1 && p.arrivals &&
+        arrives_last(p, s, slot * p.num_kv_heads + head, scratch)) {
+      merge_splits<T, kRows>(p, s, head, tid / 32, S::kThreads / 32);
+    }
   }
 }
 

@@ -117,6 +117,8 @@ void check_query_offsets(const char* op, const TensorView& q, const TensorView& 
   if (given(cu_seqlens_q)) {
     check_shape(op, "cu_seqlens_q", cu_seqlens_q, "[B + 1]", {batch + 1});
     check_optional_index(op, "cu_seqlens_q", cu_seqlens_q, q.device);
+    check(batch > 0 || q.shape[0] == 0, op, "q has ", q.shape[0],
+          " rows, cu_seqlens_q implies no sequences");
   } else {
     check(q.shape[0] == batch, op, "q has ", q.shape[0], " rows without cu_seqlens_q, page_table ",
           batch);

@@ -1,4 +1,6 @@
 // From the arguments of attention_colstats to the kernel and its grid.
+#include <algorithm>
+
 #include "attention/plan.h"
 #include "selection/attention_colstats_kernel.cuh"
 
@@ -36,10 +38,13 @@ void attention_colstats(const char* op, const ColstatsArgs& args, const attentio
   const int64_t bytes = large ? bytes_of(128, 32) : bytes_of(64, 16);
   check(bytes <= limits.of_block, op, "head dim ", shapes.dim, " in ", name(inputs.q.dtype),
         " needs more than the ", limits.of_block, " bytes of shared memory of a block on this GPU");
+  // The host knows no lengths, so most tiles may be empty; where there are very many, blocks share.
+  const int64_t tiles = ceil_div(p.a.max_length, keys), most = 512 * limits.multiprocessors;
+  const int blocks = static_cast<int>(std::min(tiles, ceil_div(most, owners)));
   with_type(inputs.q.dtype, [&](auto type) {
     using T = decltype(type);
-    launch(op, ctx, large ? find_colstats<T, 128, 32> : find_colstats<T, 64, 16>,
-           owners * ceil_div(p.a.max_length, keys), kColstatsThreads, bytes, p);
+    launch(op, ctx, large ? find_colstats<T, 128, 32> : find_colstats<T, 64, 16>, owners * blocks,
+           kColstatsThreads, bytes, p, blocks);
   });
 }
 

@@ -85,9 +85,10 @@ inline constexpr int kColstatsBlocks = sizeof(T) == 4 ? 3
                                        : kRows == 16  ? 7
                                                       : 4;
 
+// Keys from `first` on, of a sequence of that length.
 template <class T, int kKeys, int kRows>
-__global__ void __launch_bounds__(kColstatsThreads, (kColstatsBlocks<T, kRows>))
-    find_colstats(const ColstatsParams params) {
+__device__ __forceinline__ void find_stats(const ColstatsParams& params, int64_t b, int head,
+                                           int first, int length) {
   constexpr int kThreads = kColstatsThreads, kLanes = 8;
   constexpr int kTiles = kKeys / (kThreads / 2);  // of 16 keys, of a warp
   const AttentionParams& p = params.a;
@@ -100,13 +101,6 @@ __global__ void __launch_bounds__(kColstatsThreads, (kColstatsBlocks<T, kRows>))
   char* const queries = memory + kKeys * pitch;
   SeeingRow* const rows = reinterpret_cast<SeeingRow*>(queries + 2 * kRows * pitch);
   Key* const places = reinterpret_cast<Key*>(rows + 2 * kRows);
-
-  // The first keys see the most queries; they go first.
-  const int head = static_cast<int>(blockIdx.x % p.num_kv_heads);
-  const int64_t b = blockIdx.x / p.num_kv_heads % p.num_sequences;
-  const int first = static_cast<int>(blockIdx.x / p.num_kv_heads / p.num_sequences) * kKeys;
-  const int length = extent_of(p, b).length;
-  if (first >= length) return;
 
   // Queries [begin, end) of the sequence may see any of the keys.
   Stream s{};
@@ -241,6 +235,22 @@ __global__ void __launch_bounds__(kColstatsThreads, (kColstatsBlocks<T, kRows>))
       }
     }
   });
+}
+
+// A block has every `blocks`-th tile of the keys of its sequence and head. The first keys see the
+// most queries; they go first.
+template <class T, int kKeys, int kRows>
+__global__ void __launch_bounds__(kColstatsThreads, (kColstatsBlocks<T, kRows>))
+    find_colstats(const ColstatsParams params, int blocks) {
+  const AttentionParams& p = params.a;
+  const int head = static_cast<int>(blockIdx.x % p.num_kv_heads);
+  const int64_t b = blockIdx.x / p.num_kv_heads % p.num_sequences;
+  const int64_t tile = blockIdx.x / p.num_kv_heads / p.num_sequences;
+  const int length = extent_of(p, b).length;
+  for (int64_t first = tile * kKeys; first < length; first += int64_t{blocks} * kKeys) {
+    find_stats<T, kKeys, kRows>(params, b, head, static_cast<int>(first), length);
+    __syncthreads();
+  }
 }
 
 }  // namespace memkernels::selection::cuda

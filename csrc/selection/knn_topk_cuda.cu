@@ -9,7 +9,7 @@ namespace memkernels::selection::cuda {
 namespace {
 
 // Of lists, a multiprocessor; more queries than that take several launches.
-constexpr int64_t kListBytes = 8 << 20;
+constexpr int64_t kListBytes = 1 << 20;
 
 bool aligned_to_16(const TensorView& t) {
   const int64_t numbers = t.stride[0] | t.stride[1] | t.shape[2];
@@ -73,15 +73,15 @@ int64_t plan_shared(KnnParams& p, int rows, int resident, const Limits& limits) 
 }
 
 // Cuts the bank for `blocks` blocks of queries, of which the device runs `slots` at a time. No
-// stretch has less than a few tiles, and no query more lists than a block can go through to rank
-// them.
-void plan_lists(KnnParams& p, int64_t buckets, int64_t blocks, int64_t slots) {
+// stretch has less than a few tiles, more where many lists have to be cut back, and no query more
+// lists than a block can go through to rank them.
+void plan_lists(KnnParams& p, int64_t buckets, int rows, int64_t blocks, int64_t slots) {
   const bool bucketed = buckets > 0;
   const int64_t fold = bucketed ? std::max<int64_t>(1, kEntries / buckets) : 0;
   p.buckets = static_cast<int>(fold * buckets);
   const int64_t tiles = ceil_div(bucketed ? p.buckets : p.num_entries, kEntries);
   const int64_t lists = std::clamp<int64_t>((1 << 17) / p.most, 16, 1024);
-  const int64_t most = std::min(lists, bucketed ? tiles : tiles / 4);
+  const int64_t most = std::min(lists, bucketed ? tiles : tiles / (rows == kManyRows ? 16 : 4));
   p.stretches = static_cast<int>(parts_for(blocks, slots, most));
   if (bucketed) {
     const int64_t rounds = ceil_div(p.num_entries, p.buckets);
@@ -89,7 +89,7 @@ void plan_lists(KnnParams& p, int64_t buckets, int64_t blocks, int64_t slots) {
     if (p.parts > 1 || fold > 1) p.distinct = static_cast<int>(buckets);
   }
   const int64_t stretch = std::max<int64_t>(1, ceil_div(tiles, p.stretches)) * kEntries;
-  p.room = int64_t{p.least} + kEntries + std::max(p.least, 256);
+  p.room = int64_t{p.least} + kEntries + std::max(p.least, 768);
   if (p.distinct > 0 || p.room > stretch) p.room = stretch;
 }
 
@@ -108,7 +108,7 @@ void knn_topk(const KnnArgs& a, const Context& ctx) {
   const int rows = buckets > 0 ? kBucketRows : queries <= kFewRows ? kFewRows : kManyRows;
   const int resident = resident_blocks(static_cast<int>(size), rows);
   const int64_t shared_bytes = plan_shared(p, rows, resident, limits);
-  plan_lists(p, buckets, ceil_div(queries, rows) * p.heads,
+  plan_lists(p, buckets, rows, ceil_div(queries, rows) * p.heads,
              int64_t{limits.multiprocessors} * resident);
 
   const int64_t of_list = p.distinct > 0 ? p.distinct : std::min<int64_t>(p.room, p.most);

@@ -20,22 +20,22 @@ __host__ __device__ __forceinline__ int query_pitch(int64_t width_bytes) {
   return static_cast<int>(((width_bytes + 63) / 64 | 1) * 64);
 }
 
-struct alignas(16) Chunk {
-  uint32_t words[4];
+struct alignas(16) Words {
+  uint32_t w[4];
 };
 
 // 16 bytes of a row from element `at` on; zeros beyond its end and where there is no row.
 template <class T>
-__device__ __forceinline__ Chunk load_chunk(const T* row, int at, int width, bool aligned) {
+__device__ __forceinline__ Words load_words(const T* row, int at, int width, bool aligned) {
   constexpr int kElements = 16 / sizeof(T);
-  Chunk chunk{};
-  if (row == nullptr) return chunk;
-  if (aligned && at + kElements <= width) return *reinterpret_cast<const Chunk*>(row + at);
-  T* const elements = reinterpret_cast<T*>(&chunk);
+  Words words{};
+  if (row == nullptr) return words;
+  if (aligned && at + kElements <= width) return *reinterpret_cast<const Words*>(row + at);
+  T* const elements = reinterpret_cast<T*>(&words);
   for (int e = 0; e < kElements; ++e) {
     if (at + e < width) elements[e] = row[at + e];
   }
-  return chunk;
+  return words;
 }
 
 __device__ __forceinline__ float query_element(const ScoreParams& p, int64_t offset) {
@@ -108,13 +108,13 @@ __device__ __forceinline__ void multiply_pages(const ScoreParams& p, const T* co
   const char* const column = q + lane / 4 * pitch + lane % 4 * 16;
   const int steps = (p.width + 4 * kElements - 1) / (4 * kElements);
   for (int step = 0; step < steps; step += kAtOnce) {
-    Chunk a[kAtOnce][2];
+    Words a[kAtOnce][2];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int from = (4 * (step + i) + lane % 4) * kElements;
-        a[i][half] = load_chunk(rows[half], from, p.width, p.aligned);
+        a[i][half] = load_words(rows[half], from, p.width, p.aligned);
       }
     }
 #pragma unroll
@@ -122,13 +122,13 @@ __device__ __forceinline__ void multiply_pages(const ScoreParams& p, const T* co
       if (step + i >= steps) break;
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
-        const Chunk b =
-            *reinterpret_cast<const Chunk*>(column + 8 * block * pitch + (step + i) * 64);
+        const Words b =
+            *reinterpret_cast<const Words*>(column + 8 * block * pitch + (step + i) * 64);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const uint32_t left[4] = {a[i][0].words[2 * half], a[i][1].words[2 * half],
-                                    a[i][0].words[2 * half + 1], a[i][1].words[2 * half + 1]};
-          const uint32_t right[2] = {b.words[2 * half], b.words[2 * half + 1]};
+          const uint32_t left[4] = {a[i][0].w[2 * half], a[i][1].w[2 * half],
+                                    a[i][0].w[2 * half + 1], a[i][1].w[2 * half + 1]};
+          const uint32_t right[2] = {b.w[2 * half], b.w[2 * half + 1]};
           multiply_add(T(), sums[block], left, right);
         }
       }
@@ -144,6 +144,7 @@ __global__ void __launch_bounds__(32 * kScoreWarps, kBlocks == 1 ? 2 : 1)
   const int head = static_cast<int>(blockIdx.x % p.kv_heads);
   const int tile = static_cast<int>(blockIdx.x / p.kv_heads % p.page_tiles);
   const Queries queries = find_queries(p, blockIdx.x / p.kv_heads / p.page_tiles);
+  if (queries.count <= 0) return;
   const int64_t first_page = int64_t{tile} * kBlockPages + warp * kWarpPages;
 
   // q [kColumns][pitch], scores [kScoreWarps][16][kScorePitch].

@@ -47,7 +47,7 @@ void run(const char* op, Dtype dtype, SelectParams p, const Context& ctx) {
     using T = decltype(type);
     if (!shared) {
       const bool cached = p.n <= kCachedKeys;
-      const int threads = p.n <= 1024 ? 128 : p.n <= 4096 ? 512 : kMaxThreads;
+      const int threads = p.n <= 1024 ? kShortThreads : p.n <= 4096 ? 512 : kMaxThreads;
       return launch(op, ctx, select<T>, p.rows, threads, kFixed + (cached ? p.n * 4 : 0), p,
                     cached);
     }

@@ -7,9 +7,10 @@ namespace memkernels::selection::cuda {
 
 using namespace memkernels::cuda;
 
-inline constexpr int kDigitBits = 11, kDigits = 1 << kDigitBits;  // of the keys that scores become
-inline constexpr int kPasses = 3;
-inline constexpr int kMaxThreads = 1024;
+// Of the keys that scores become: 11 bits a pass; 8 in the small blocks of short rows.
+inline constexpr int kDigitBits = 11, kDigits = 1 << kDigitBits, kPasses = 3;
+inline constexpr int kShortDigitBits = 8;
+inline constexpr int kShortThreads = 128, kMaxThreads = 1024;
 inline constexpr int kCachedKeys = 16384;  // that a row's block keeps in shared memory
 inline constexpr int kPartLength = 16384;  // of a row that several blocks share
 

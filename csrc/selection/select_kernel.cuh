@@ -1,6 +1,6 @@
 // The k largest scores of a row, as indices in rising order; of equal ones the first.
 //
-// Scores become integers of the same order, and a radix select finds the k-th largest, some 11 bits
+// Scores become integers of the same order, and a radix select finds the k-th largest, 8 or 11 bits
 // a pass: a histogram of the digit, and the digit in which the k-th lies. A last walk in the order
 // of the row writes the indices of what lies above it, and of the first that equal it. Nothing is
 // sorted, and there is no limit on k.
@@ -76,20 +76,22 @@ struct Search {
   int shift;  // bits behind the prefix
   int want;
   bool done;  // all of them
+  int bits;   // of a digit
 
   __device__ __forceinline__ explicit Search(const Row& row)
       : floor(row.floor),
         prefix(0),
         shift(32),
         want(row.want),
-        done(row.want == 0 || row.count <= row.want) {}
+        done(row.want == 0 || row.count <= row.want),
+        bits(blockDim.x == kShortThreads ? kShortDigitBits : kDigitBits) {}
 
   // Counts the next digit of keys key(begin), ..., key(end - 1).
   template <class Key>
   __device__ __forceinline__ void count_digits(const Key& key, int begin, int end,
                                                int* digits) const {
-    const int next = shift > kDigitBits ? shift - kDigitBits : 0;
-    const uint32_t mask = shift > kDigitBits ? kDigits - 1 : (1u << shift) - 1;
+    const int next = shift > bits ? shift - bits : 0;
+    const uint32_t mask = (1u << (shift - next)) - 1;
 #pragma unroll 4
     for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {
       const uint32_t k = key(i);
@@ -101,8 +103,8 @@ struct Search {
   // Takes the digit in which the last key to be chosen lies. By the whole block; `digits` may be
   // changed afterwards.
   __device__ __forceinline__ void take_digit(const int* digits, int* scratch) {
-    const int threads = blockDim.x, each = kDigits / threads, tid = threadIdx.x, lane = tid % 32;
-    const int from = kDigits - 1 - tid * each;  // downwards
+    const int tid = threadIdx.x, lane = tid % 32, each = (1 << bits) / static_cast<int>(blockDim.x);
+    const int from = (1 << bits) - 1 - tid * each;  // downwards
     int mine = 0;
     for (int i = 0; i < each; ++i) mine += digits[from - i];
     int sum = mine;  // of this warp's threads up to this one
@@ -125,9 +127,9 @@ struct Search {
     const int digit = scratch[0];
     done = digit < 0;  // there are no more than are wanted
     if (!done) {
-      const int bits = shift < kDigitBits ? shift : kDigitBits;
-      prefix = prefix << bits | static_cast<uint32_t>(digit);
-      shift -= bits;
+      const int taken = shift < bits ? shift : bits;
+      prefix = prefix << taken | static_cast<uint32_t>(digit);
+      shift -= taken;
       want -= scratch[1];
       done = want == scratch[2];
     }
@@ -231,7 +233,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) select(const SelectParams p, b
   const auto key = [&](int i) { return cached ? keys[i] : key_of(widen(scores[i])); };
   Search search(row);
   while (!search.done && search.shift > 0) {
-    for (int i = threadIdx.x; i < kDigits; i += blockDim.x) digits[i] = 0;
+    for (int i = threadIdx.x; i < 1 << search.bits; i += blockDim.x) digits[i] = 0;
     __syncthreads();
     search.count_digits(key, 0, row.count, digits);
     __syncthreads();

@@ -37,6 +37,10 @@ void summarize_keys(const char* op, const SummarizeKeysArgs& a, const NewTokens*
       p.most_new_pages = std::min(p.max_pages, ceil_div(tokens, p.page_size) + 1);
     }
     blocks = a.seq_lens.shape[0] * p.most_new_pages;
+    if (blocks > p.num_pages) {
+      p.most_new_pages = 0;
+      blocks = p.num_pages;
+    }
   }
   if (p.num_pages == 0 || blocks == 0) return;
   const DeviceGuard guard(op, ctx.device);

@@ -21,9 +21,11 @@ struct SummarizeParams {
   void* summary;  // [num_pages, Hkv, 2, D], or for means [num_pages, Hkv, D] float32
   int* fills;     // [num_pages], zeroed: how many tokens are in use
   // Of an update, else null: [num_pages], zeroed: 1 + the last entry of the page table that names
-  // the page and holds new tokens; its block summarizes it.
+  // the page and holds new tokens.
   int* claims;
-  int64_t most_new_pages;  // of a sequence
+  // Blocks of an update are entries that may hold new tokens, so many of each sequence; or, if this
+  // is 0, as of a summary, pages.
+  int64_t most_new_pages;
 };
 
 }  // namespace memkernels::selection::cuda

@@ -50,7 +50,9 @@ static __global__ void __launch_bounds__(256) find_fills(const SummarizeParams p
 template <class T, int kElements>
 __global__ void __launch_bounds__(kSummaryThreads, 1) summarize(const SummarizeParams p) {
   int64_t page = blockIdx.x;
-  if (p.claims) {
+  if (p.claims && p.most_new_pages == 0) {
+    if (p.claims[page] == 0) return;
+  } else if (p.claims) {
     const int64_t b = page / p.most_new_pages;
     const TablePages pages = pages_of(p, b);
     const int64_t column = pages.begin + page % p.most_new_pages;
