@@ -10,8 +10,16 @@ import pytest
 import torch
 
 import cuda_ops
-from checks import gradients
-from lookup_cases import backward_case, bag_case, ffn_case, rows_case
+from checks import gradients, put
+from lookup_cases import (
+    backward_case,
+    bag_case,
+    codes_case,
+    ffn_case,
+    gate_case,
+    hash_case,
+    rows_case,
+)
 from tolerance import assert_same_bits
 
 # ---- gradients of bags, steps of rows ------------------------------------------------------------
@@ -141,10 +149,104 @@ def test_networks_give_the_same_bits_alone_and_in_a_batch(dims, dtype):
     assert_same_bits(outcome(1, 2), outcome(4, 1))
 
 
-CASES = {f.__name__: f for f in (gradients_of_bags, steps_of_rows, networks)}
+# ---- hashes, gates, codes ------------------------------------------------------------------------
+
+
+def hashes(run):
+    """Several tiles and chunks of heads, and more orders than a launch has."""
+    several = {"eos_id": 3, "vocabulary": 11, "past": True}
+    return [
+        run("ngram_hash", **hash_case([200, 0, 3], [2, 3], heads=8, **several)),
+        run("ngram_hash", **hash_case((2, 700), [2], heads=1, dtype=torch.int32)),
+        run("ngram_hash", **hash_case((1, 9), [1, 2], heads=300, **several)),
+        run("ngram_hash", **hash_case((3, 5), [2, 1, 3] * 6, heads=3, **several)),
+    ]
+
+
+def gates(run):
+    """Rows of one warp and of several, aligned and not."""
+    return [
+        run("engram_gate", **gate_case(*sizes, dtype=dtype, wide_weight=wide, sign=sign))
+        for sizes, dtype, wide, sign in [
+            ((3, 5, 64), torch.float32, False, "zero"),
+            ((5, 3, 37), torch.bfloat16, True, "copy"),
+            ((3, 4, 1032), torch.float16, True, "zero"),
+            ((3, 2, 4104), torch.bfloat16, False, "zero"),
+        ]
+    ]
+
+
+def gradients_of_gates(run):
+    """Also of many tokens, of which blocks add up some."""
+    return [
+        list(gradients(functools.partial(run, "engram_gate"), arguments).values())
+        for arguments in (
+            gate_case(5, 3, 37, dtype=torch.bfloat16, wide_weight=True),
+            gate_case(3, 9, 64, dtype=torch.float16),
+            gate_case(3, 4, 2056, dtype=torch.bfloat16),
+            gate_case(1030, 2, 8),
+        )
+    ]
+
+
+def codes(run):
+    return [
+        run("lsh_codes", **codes_case(30, 9, bits, dtype=dtype))
+        for bits, dtype in [(8, torch.bfloat16), (13, torch.float16), (30, torch.float32)]
+    ]
+
+
+def gradients_of_codes(run):
+    function = functools.partial(run, "lsh_codes")
+    return [
+        list(gradients(function, codes_case(30, 9, bits, dtype=dtype)).values())
+        for bits, dtype in [(16, torch.bfloat16), (13, torch.float16), (8, torch.float32)]
+    ]
+
+
+def hashes_of_wild_offsets(run):
+    """Offsets are clamped to the tokens; a modulus below 1 is 1."""
+    arguments = hash_case([5, 4], [2, 3], past=True)
+    expected = run("ngram_hash", **arguments)
+    for wild in [0, 5, 2**40], [-7, 5, 9], [-(2**40), 5, 2]:
+        offsets = {"cu_seqlens": torch.tensor(wild)}
+        assert_same_bits(run("ngram_hash", **arguments | offsets), expected)
+    for wild in [9, 9, 9], [2**40, -(2**40), 2**50], [3, 8, 1]:
+        run("ngram_hash", **arguments | {"cu_seqlens": torch.tensor(wild)})
+    moduli = arguments["moduli"]
+    expected = run("ngram_hash", **arguments | {"moduli": put(moduli, 2, 1)})
+    for wild in 0, -1, -(2**63):
+        assert_same_bits(
+            run("ngram_hash", **arguments | {"moduli": put(moduli, 2, wild)}), expected
+        )
+
+
+def test_gradients_of_too_many_channels_are_refused():
+    with pytest.raises(RuntimeError, match="engram_gate_backward: hidden has 1025 channels"):
+        gradients(functools.partial(cuda_ops.on_host, "engram_gate"), gate_case(2, 1025, 3))
+
+
+CASES = {
+    f.__name__: f
+    for f in (
+        gradients_of_bags,
+        steps_of_rows,
+        networks,
+        hashes,
+        gates,
+        gradients_of_gates,
+        codes,
+        gradients_of_codes,
+    )
+}
 UNCHECKED = {
     f.__name__: f
-    for f in (gradients_of_bags_out_of_range, steps_of_rows_out_of_range, neurons_out_of_range)
+    for f in (
+        gradients_of_bags_out_of_range,
+        steps_of_rows_out_of_range,
+        neurons_out_of_range,
+        hashes_of_wild_offsets,
+    )
 }
 (
     test_same_bits_for_any_schedule,

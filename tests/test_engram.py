@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-import memkernels
 from cases import arrays
 from checks import at_random, check, check_error, check_gradients, gradients, outcome, put
 from lookup_cases import codes_case, gate_case, hash_case, wide
@@ -203,10 +202,35 @@ def test_nan_reaches_only_the_gates_that_use_it(ops, name, sign):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("wide_weight", [False, True])
 @signs
-def test_gradients_of_gates(sign, wide_weight, dtype):
-    for sizes in (9, 4, 37), (40, 1, 64), (0, 3, 5):
+def test_gradients_of_gates(kernels, sign, wide_weight, dtype):
+    for sizes in (9, 4, 37), (40, 1, 64), (0, 3, 5), (3, 0, 5):
         arguments = gate_case(*sizes, wide_weight=wide_weight, sign=sign, dtype=dtype)
-        check_gradients(memkernels, "engram_gate", arguments, slack=16)
+        check_gradients(kernels, "engram_gate", arguments, slack=16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_have_the_same_bits_alone_and_out_of_line(kernels, dtype):
+    arguments = gate_case(7, 3, 520, dtype=dtype)
+
+    def compute(changes, tokens=7):
+        leaves = {name: x.detach().requires_grad_() for name, x in (arguments | changes).items()}
+        out = kernels.engram_gate(**leaves)
+        grads = torch.autograd.grad(out, leaves.values(), arguments["k"][:tokens])
+        return [out, *(x for x in grads if len(x) == tokens)]
+
+    together = compute({})
+    wider = torch.zeros(7, 3, 521, dtype=dtype)
+    wider[..., 1:] = arguments["hidden"]
+    assert_same_bits(compute({"hidden": wider[..., 1:]}), together)
+    alone = {name: arguments[name][:1] for name in ("hidden", "k", "v")}
+    assert_same_bits(compute(alone, tokens=1), [x[:1] for x in together])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sizes", [(1300, 3, 40), (520, 1, 30_000)])
+def test_gradients_of_gates_of_many_tokens(kernels, sizes):
+    """With sums over tokens in shared memory, and where they are too large for it."""
+    check_gradients(kernels, "engram_gate", gate_case(*sizes, dtype=torch.bfloat16), slack=16)
 
 
 @signs
@@ -300,9 +324,9 @@ def test_special_numbers_have_their_bits(ops, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_of_codes(dtype):
+def test_gradients_of_codes(kernels, dtype):
     for sizes in (9, 5, 8), (40, 3, 13), (2, 2, 30), (0, 2, 4):
-        check_gradients(memkernels, "lsh_codes", codes_case(*sizes, dtype=dtype), slack=8)
+        check_gradients(kernels, "lsh_codes", codes_case(*sizes, dtype=dtype), slack=8)
 
 
 def test_gradcheck_of_codes(ops):

@@ -39,6 +39,9 @@ EngramGateKernel kernel_for(const EngramGateArgs& a) {
 void engram_gate(const EngramGateArgs& a, const Context& ctx) {
   constexpr char op[] = "engram_gate";
   check_inputs(op, a);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) return cuda::engram_gate(a, ctx);
+#endif
   const EngramGateKernel kernel = kernel_for(a);
   const int64_t tokens = a.hidden.shape[0], token_elements = a.hidden.shape[1] * a.hidden.shape[2];
   const int64_t per_task = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, token_elements));
@@ -56,6 +59,9 @@ void engram_gate_backward(const EngramGateArgs& a, const EngramGateGrads& g, con
   check_dtype(op, "dout", g.dout, a.hidden.dtype);
   check_device(op, "dout", g.dout, a.hidden.device);
   check_rows_contiguous(op, "dout", g.dout);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) return cuda::engram_gate_backward(a, g, ctx);
+#endif
 
   // Blocks of tokens, each with its part of dweight, depend on the shapes alone.
   constexpr int64_t kMostParts = 64, kLeastTokens = 8;

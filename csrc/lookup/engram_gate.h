@@ -31,6 +31,12 @@ struct EngramGateGrads {
 void engram_gate_backward(const EngramGateArgs& args, const EngramGateGrads& grads,
                           const Context& ctx);
 
+namespace cuda {  // checked ones
+void engram_gate(const EngramGateArgs& args, const Context& ctx);
+void engram_gate_backward(const EngramGateArgs& args, const EngramGateGrads& grads,
+                          const Context& ctx);
+}  // namespace cuda
+
 // All in accumulators. Of a block of tokens the backward leaves its own part of dweight.
 struct EngramGateKernel {
   void (*forward)(const EngramGateArgs&, int64_t begin, int64_t end);

@@ -42,6 +42,9 @@ void lsh_codes(const LshCodesArgs& a, const Context& ctx) {
   check_shape(op, "scores", a.scores, "[T, tables]", {a.z.shape[0], a.z.shape[1]});
   check_dtype(op, "scores", a.scores, accumulator(a.z.dtype));
   check_contiguous(op, "scores", a.scores);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) return cuda::lsh_codes(a, ctx);
+#endif
   const LshCodesKernel kernel = kernel_for(a.z);
   for_rows(a.z, ctx, [&](int64_t begin, int64_t end) { kernel.forward(a, begin, end); });
 }
@@ -56,6 +59,9 @@ void lsh_codes_backward(const LshCodesArgs& a, const LshCodesGrads& g, const Con
   check_shape(op, "dz", g.dz, "[T, tables, bits]", {shape[0], shape[1], shape[2]});
   check_dtype(op, "dz", g.dz, a.z.dtype);
   check_contiguous(op, "dz", g.dz);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) return cuda::lsh_codes_backward(a, g, ctx);
+#endif
   const LshCodesKernel kernel = kernel_for(a.z);
   for_rows(a.z, ctx, [&](int64_t begin, int64_t end) { kernel.backward(a, g, begin, end); });
 }

@@ -24,6 +24,11 @@ struct LshCodesGrads {
 
 void lsh_codes_backward(const LshCodesArgs& args, const LshCodesGrads& grads, const Context& ctx);
 
+namespace cuda {  // checked ones
+void lsh_codes(const LshCodesArgs& args, const Context& ctx);
+void lsh_codes_backward(const LshCodesArgs& args, const LshCodesGrads& grads, const Context& ctx);
+}  // namespace cuda
+
 // Both work on rows [begin, end) of the T * tables rows.
 struct LshCodesKernel {
   void (*forward)(const LshCodesArgs&, int64_t begin, int64_t end);

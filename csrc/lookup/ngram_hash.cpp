@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "core/check.h"
+#include "core/cuda/host_copy.h"
 #include "core/memory.h"
 
 namespace memkernels::lookup {
@@ -58,16 +59,36 @@ int64_t checked_sequences(const NgramHashArgs& a) {
   check_index(kOp, "cu_seqlens", offsets);
   check_device(kOp, "cu_seqlens", offsets, a.token_ids.device);
   const int64_t count = offsets.shape[0] - 1;
+  check(count > 0 || length == 0, kOp, "cu_seqlens has no sequences, token_ids has ", length,
+        " tokens");
+  return count;
+}
+
+void check_contents(const NgramHashArgs& a) {
+  for (int64_t i = 0; i < a.moduli.shape[0]; ++i) {
+    const int64_t modulus = index_at(a.moduli, i * a.moduli.stride[0]);
+    check(modulus >= 1, kOp, "moduli must be at least 1, got ", modulus, " at ", i);
+  }
+  if (!given(a.cu_seqlens)) return;
+  const TensorView& offsets = a.cu_seqlens;
   int64_t last = 0;
-  for (int64_t s = 0; s <= count; ++s) {
+  for (int64_t s = 0; s < offsets.shape[0]; ++s) {
     const int64_t start = index_at(offsets, s * offsets.stride[0]);
     check(start >= last && (s > 0 || start == 0), kOp,
           "cu_seqlens must start at 0 and never fall, got ", start, " at ", s);
     last = start;
   }
+  const int64_t length = a.token_ids.shape[1];
   check(last == length, kOp, "cu_seqlens ends at ", last, ", token_ids has ", length, " tokens");
-  return count;
 }
+
+#ifdef MEMKERNELS_WITH_CUDA
+void check_on_host(NgramHashArgs a, const Context& ctx) {
+  HostCopies copies(kOp, ctx);
+  for (TensorView* t : {&a.moduli, &a.cu_seqlens}) copies.replace(*t);
+  check_contents(a);
+}
+#endif
 
 std::vector<HashHeads> prepare(const NgramHashArgs& a, const NgramHashKernel& kernel) {
   const int64_t heads = a.moduli.shape[0] / a.num_orders;
@@ -108,10 +129,6 @@ void ngram_hash(const NgramHashArgs& a, const Context& ctx) {
     check_dtype(kOp, arg, *t, Dtype::i64);
     check_device(kOp, arg, *t, device);
   }
-  for (int64_t i = 0; i < width; ++i) {
-    const int64_t modulus = index_at(a.moduli, i * a.moduli.stride[0]);
-    check(modulus >= 1, kOp, "moduli must be at least 1, got ", modulus, " at ", i);
-  }
   const Sequences sequences{a, checked_sequences(a), longest - 1};
   if (given(a.past_ids)) {
     check_shape(kOp, "past_ids", a.past_ids, "[N, max(orders) - 1]",
@@ -123,6 +140,13 @@ void ngram_hash(const NgramHashArgs& a, const Context& ctx) {
               {a.token_ids.shape[0], a.token_ids.shape[1], width});
   check_dtype(kOp, "rows", a.rows, Dtype::i64);
   check_contiguous(kOp, "rows", a.rows);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    if (ctx.check_indices) check_on_host(a, ctx);
+    return cuda::ngram_hash(a, ctx);
+  }
+#endif
+  check_contents(a);
 
   const NgramHashKernel kernel = MEMKERNELS_CPU(cpu_isa(), ngram_hash_kernel)();
   const std::vector<HashHeads> groups = prepare(a, kernel);

@@ -23,6 +23,10 @@ struct NgramHashArgs {
 
 void ngram_hash(const NgramHashArgs& args, const Context& ctx);
 
+namespace cuda {
+void ngram_hash(const NgramHashArgs& args, const Context& ctx);  // checked ones
+}  // namespace cuda
+
 // Up to eight heads of one order, what a kernel knows of each side by side.
 struct HashHeads {
   static constexpr int kHeads = 8;

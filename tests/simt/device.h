@@ -219,6 +219,9 @@ inline int __all_sync(unsigned mask, int predicate, SIMT_SITE) {
   return simt::vote("__all_sync", mask, predicate == 0, SIMT_HERE) == 0;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) {
+  return static_cast<unsigned long long>(static_cast<unsigned __int128>(x) * y >> 64);
+}
 template <class T>
 SIMT_UNWATCHED inline T atomicAdd(T* p, T value) {
   const T old = *p;

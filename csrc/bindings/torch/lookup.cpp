@@ -410,6 +410,11 @@ STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CUDA, m) {
   m.impl("row_adam", TORCH_BOX(&row_adam));
   m.impl("sparse_ffn", TORCH_BOX(&sparse_ffn));
   m.impl("sparse_ffn_backward", TORCH_BOX(&sparse_ffn_backward));
+  m.impl("ngram_hash", TORCH_BOX(&ngram_hash));
+  m.impl("engram_gate", TORCH_BOX(&engram_gate));
+  m.impl("engram_gate_backward", TORCH_BOX(&engram_gate_backward));
+  m.impl("lsh_codes", TORCH_BOX(&lsh_codes));
+  m.impl("lsh_codes_backward", TORCH_BOX(&lsh_codes_backward));
 }
 #endif
 
