@@ -18,6 +18,7 @@ from lookup_cases import (
     ffn_case,
     gate_case,
     hash_case,
+    product_key_case,
     rows_case,
 )
 from tolerance import assert_same_bits
@@ -226,6 +227,33 @@ def test_gradients_of_too_many_channels_are_refused():
         gradients(functools.partial(cuda_ops.on_host, "engram_gate"), gate_case(2, 1025, 3))
 
 
+# ---- product keys --------------------------------------------------------------------------------
+
+
+def product_keys(run):
+    """With few blocks, which share a head's keys, and with many; in several launches; with queries
+    that are copied again for each tile of keys; with long pipelines and short ones; of many equal
+    scores."""
+    sizes = [
+        ((3, 530, 40), {"heads": 1, "head_dim": 72, "dtype": torch.bfloat16}),
+        ((40, 300, 40), {"heads": 1, "head_dim": 37, "dtype": torch.float16}),
+        ((40, 135, 9), {"head_dim": 228}),
+        ((5, 135, 128), {"head_dim": 228}),
+        ((150, 260, 128), {"head_dim": 136, "integers": True, "dtype": torch.bfloat16}),
+    ]
+    cases = [product_key_case(*tokens_size_k, **options) for tokens_size_k, options in sizes]
+    return [run("product_key_topk", **arguments) for arguments in cases]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_product_keys_of_a_token_are_the_same_bits_alone(dtype):
+    """Its head's keys are then shared by several blocks, that is."""
+    arguments = product_key_case(35, 400, 30, heads=1, head_dim=40, dtype=dtype)
+    scores, indices = cuda_ops.on_host("product_key_topk", **arguments)
+    alone = arguments | {"query": arguments["query"][34:]}
+    assert_same_bits(cuda_ops.on_host("product_key_topk", **alone), (scores[34:], indices[34:]))
+
+
 CASES = {
     f.__name__: f
     for f in (
@@ -237,6 +265,7 @@ CASES = {
         gradients_of_gates,
         codes,
         gradients_of_codes,
+        product_keys,
     )
 }
 UNCHECKED = {

@@ -96,6 +96,18 @@ def test_many_keys(ops, size, k, dtype):
     check_near(ops, product_key_case(3, size, k, head_dim=64, dtype=dtype))
 
 
+@pytest.mark.parametrize(("tokens", "size", "k"), [(2, 700, 128), (2, 300, 33), (35, 140, 5)])
+def test_many_equal_keys(ops, tokens, size, k):
+    check_exact(ops, product_key_case(tokens, size, k, integers=True, heads=1, head_dim=3))
+
+
+@pytest.mark.parametrize("falling", [False, True])
+def test_keys_in_order_of_their_scores(ops, falling):
+    keys = torch.arange(1024.0).expand(1, 2, -1)
+    keys = (keys.flip(-1) if falling else keys).unsqueeze(-1).contiguous()
+    check_exact(ops, {"query": torch.ones(1, 1, 2, 1), "keys": keys, "k": 128})
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_best_are_those_of_all_pairs(ops, dtype):
     sizes = {"head_dim": 3, "integers": True, "dtype": dtype}

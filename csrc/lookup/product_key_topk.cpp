@@ -31,6 +31,9 @@ void check_arguments(const ProductKeyArgs& a) {
 
 void product_key_topk(const ProductKeyArgs& a, const Context& ctx) {
   check_arguments(a);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) return cuda::product_key_topk(a, ctx);
+#endif
   const int64_t tokens = a.query.shape[0], heads = a.query.shape[1], size = a.keys.shape[2];
   if (tokens == 0 || heads == 0) return;
   const Isa isa = isa_for(a.query.dtype);

@@ -18,6 +18,10 @@ struct ProductKeyArgs {
 
 void product_key_topk(const ProductKeyArgs& args, const Context& ctx);
 
+namespace cuda {
+void product_key_topk(const ProductKeyArgs& args, const Context& ctx);  // checked ones
+}  // namespace cuda
+
 // Tokens of a task at most: whole tiles of a product for every instruction set.
 inline constexpr int64_t kProductKeyTokens = 48;
 // So few tokens are multiplied with the keys where they lie; the bits are the same.

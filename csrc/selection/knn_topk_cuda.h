@@ -10,8 +10,6 @@ using namespace memkernels::cuda;
 
 inline constexpr int kSearchThreads = 256;
 inline constexpr int kEntries = 128;  // of a tile
-inline constexpr int kSliceBytes =
-    128;  // of each row of a tile that are in shared memory at a time
 
 // Queries of a block: 16, or, where each entry is multiplied with many, 128. With buckets they are
 // 32, since the best of each bucket stay in registers.

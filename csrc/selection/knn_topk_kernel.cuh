@@ -15,7 +15,7 @@
 // in float32: blocks of other queries read the same tiles from L2.
 #pragma once
 
-#include "core/cuda/tile.cuh"
+#include "core/cuda/slices.cuh"
 #include "selection/knn_topk_cuda.h"
 #include "selection/ranked_keys.cuh"
 
@@ -63,22 +63,6 @@ struct Place {
     ++tile;
   }
 };
-
-// Starts copying a slice of a row, by eight neighbouring threads; zeros follow its `dim` elements.
-template <class T>
-__device__ __forceinline__ void copy_slice(const Tile& tile, int i, const T* row, int dim,
-                                           bool aligned, bool used) {
-  constexpr int kChunk = 16 / sizeof(T), kLanes = kSliceBytes / 16;
-  const int lane = threadIdx.x % kLanes;
-  if (aligned) {
-    const bool within = used && lane * kChunk < dim;
-    copy_async_16(tile.chunk(i, lane), row + (within ? lane * kChunk : 0), within ? 16 : 0);
-  } else {
-    for (int c = lane; c < kLanes * kChunk; c += kLanes) {
-      *tile.element<T>(i, c) = used && c < dim ? row[c] : T{};
-    }
-  }
-}
 
 template <class T>
 struct alignas(16) Chunk {

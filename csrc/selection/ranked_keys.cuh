@@ -1,22 +1,11 @@
-// Keys that rank what is found: by value, largest first, then by index. No two keys of a row are
-// equal, so what the best are depends on no order in which they come.
+// Reductions, cuts and sorts of ranked keys in memory, by warps and blocks.
 #pragma once
 
-#include "core/cuda/device.cuh"
+#include "core/cuda/ranked_keys.cuh"
 
 namespace memkernels::selection::cuda {
 
 using namespace memkernels::cuda;
-
-using Key = uint64_t;  // 0: nothing
-
-__device__ __forceinline__ Key key_of(float value, uint32_t index) {
-  return Key{ordered(value + 0.f)} << 32 | static_cast<uint32_t>(~index);  // no -0
-}
-__device__ __forceinline__ float value_of(Key key) {
-  return from_ordered(static_cast<uint32_t>(key >> 32));
-}
-__device__ __forceinline__ uint32_t index_of(Key key) { return ~static_cast<uint32_t>(key); }
 
 struct Least {
   __device__ __forceinline__ Key operator()(Key x, Key y) const { return x < y ? x : y; }
@@ -34,22 +23,6 @@ __device__ __forceinline__ Key warp_reduce(Key x, const Join& join) {
     x = join(x, __shfl_xor_sync(kWholeWarp, x, lanes));
   }
   return x;
-}
-
-// A key from which on there are `least` to `most`, as count(key) says, of more keys than that, all
-// within [lowest, highest]. Midpoints of values come closer at first than those of keys.
-template <class Count>
-__device__ __forceinline__ Key find_cut(Key lowest, Key highest, int64_t least, int64_t most,
-                                        const Count& count) {
-  Key low = lowest, past = highest + 1;
-  for (int pass = 0;; ++pass) {
-    Key middle = low + (past - low) / 2;
-    const Key mean = Key{ordered(0.5f * value_of(low) + 0.5f * value_of(past))} << 32;
-    if (pass < 12 && mean > low && mean < past) middle = mean;
-    const int64_t n = count(middle);
-    if (n >= least && n <= most) return middle;
-    (n > most ? low : past) = middle;
-  }
 }
 
 // Moves `least` to `most` of the best of more keys to the front, by a warp; returns how many, and
@@ -74,6 +47,7 @@ __device__ __forceinline__ int keep_best(Key* keys, int count, int64_t least, in
   for (int first = 0; first < count; first += 32) {
     const Key key = first + lane < count ? keys[first + lane] : 0;
     const unsigned better = __ballot_sync(kWholeWarp, key >= cut);
+    __syncwarp();  // all have read
     if (key >= cut) keys[kept + __popc(better & ((1u << lane) - 1))] = key;
     kept += __popc(better);
   }

@@ -73,6 +73,34 @@ inline uint32_t vote(const char* what, uint32_t mask, bool predicate, Site site)
   return mine.ballot;
 }
 
+struct Sum {
+  unsigned operator()(unsigned x, unsigned y) const { return x + y; }
+};
+struct Least {
+  unsigned operator()(unsigned x, unsigned y) const { return x < y ? x : y; }
+};
+struct Greatest {
+  unsigned operator()(unsigned x, unsigned y) const { return x > y ? x : y; }
+};
+
+template <class Join>
+inline unsigned reduce(const char* what, uint32_t mask, unsigned value, Site site) {
+  meet(
+      what, mask, &value,
+      [](void* const* arguments, uint32_t lanes) {
+        const int first = __builtin_ctz(lanes);
+        unsigned result = *static_cast<unsigned*>(arguments[first]);
+        for (int l = first + 1; l < 32; ++l) {
+          if (lanes >> l & 1) result = Join()(result, *static_cast<unsigned*>(arguments[l]));
+        }
+        for (int l = 0; l < 32; ++l) {
+          if (lanes >> l & 1) *static_cast<unsigned*>(arguments[l]) = result;
+        }
+      },
+      false, site);
+  return value;
+}
+
 template <class To, class From>
 inline To bits_as(From x) {
   static_assert(sizeof(To) == sizeof(From), "");
@@ -217,6 +245,15 @@ inline int __any_sync(unsigned mask, int predicate, SIMT_SITE) {
 }
 inline int __all_sync(unsigned mask, int predicate, SIMT_SITE) {
   return simt::vote("__all_sync", mask, predicate == 0, SIMT_HERE) == 0;
+}
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value, SIMT_SITE) {
+  return simt::reduce<simt::Sum>("__reduce_add_sync", mask, value, SIMT_HERE);
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value, SIMT_SITE) {
+  return simt::reduce<simt::Least>("__reduce_min_sync", mask, value, SIMT_HERE);
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value, SIMT_SITE) {
+  return simt::reduce<simt::Greatest>("__reduce_max_sync", mask, value, SIMT_HERE);
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) {

@@ -415,6 +415,7 @@ STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CUDA, m) {
   m.impl("engram_gate_backward", TORCH_BOX(&engram_gate_backward));
   m.impl("lsh_codes", TORCH_BOX(&lsh_codes));
   m.impl("lsh_codes_backward", TORCH_BOX(&lsh_codes_backward));
+  m.impl("product_key_topk", TORCH_BOX(&product_key_topk));
 }
 #endif
 
