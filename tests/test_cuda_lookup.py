@@ -8,10 +8,13 @@ import functools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cuda_ops
+import memkernels
 from checks import gradients, put
 from lookup_cases import (
+    FP8,
     backward_case,
     bag_case,
     codes_case,
@@ -19,6 +22,7 @@ from lookup_cases import (
     gate_case,
     hash_case,
     product_key_case,
+    quantised_case,
     rows_case,
 )
 from tolerance import assert_same_bits
@@ -254,6 +258,111 @@ def test_product_keys_of_a_token_are_the_same_bits_alone(dtype):
     assert_same_bits(cuda_ops.on_host("product_key_topk", **alone), (scores[34:], indices[34:]))
 
 
+# ---- bags ----------------------------------------------------------------------------------------
+
+
+def bags_and_factors(run, arguments):
+    """Sums of a table's rows, and the gradient of their factors."""
+    out = run("embedding_bag", **arguments)
+    factors = arguments["per_sample_weights"].requires_grad_()
+    weighted = run("embedding_bag", **arguments)
+    dout = torch.randn(weighted.shape, generator=torch.Generator().manual_seed(1))
+    return out, *torch.autograd.grad(weighted, factors, dout.to(weighted.dtype))
+
+
+def bags(run):
+    """By groups of 4 to 32 lanes and by blocks, a long one beside short ones; of unaligned rows."""
+    shapes = (
+        ((300, 9), 32),
+        ((40, 20), 300),
+        ((3, 90), 72),
+        ([2, 600, 0, *[3] * 80], 264),
+        ((9, 9), 37),
+    )
+    dtypes = torch.bfloat16, torch.float32, torch.float16, torch.bfloat16, torch.float32
+    return [
+        bags_and_factors(run, bag_case(size, 50, dim, factors="wide", dtype=dtype))
+        for (size, dim), dtype in zip(shapes, dtypes, strict=True)
+    ]
+
+
+def quantised_bags(run):
+    shapes = ((150, 9), 64, 32), ([9, 530, 0, *[3] * 80], 96, 96), ((4, 20), 24, 8)
+    types = (torch.int8, torch.float32), (FP8, torch.uint8), (torch.int8, torch.uint8)
+    return [
+        bags_and_factors(
+            run,
+            quantised_case(
+                size, 50, dim, block=block, stored=stored, scale_dtype=scales, factors="same"
+            ),
+        )
+        for (size, dim, block), (stored, scales) in zip(shapes, types, strict=True)
+    ]
+
+
+def bags_of_nonsense(run):
+    for size in (9, 20), (200, 20), [5, 600, 3]:
+        arguments = bag_case(size, 30, 40, factors="same", dtype=torch.bfloat16)
+        absent = arguments["input"] == -1
+        expected = bags_and_factors(run, arguments)
+        for nonsense in 30, -2, 2**62, -(2**62):
+            arguments["input"][absent] = nonsense
+            assert_same_bits(bags_and_factors(run, arguments), expected)
+    arguments["offsets"] = torch.tensor([0, 5, 608])
+    expected = bags_and_factors(run, arguments)
+    arguments["offsets"] = torch.tensor([-(2**60), 5, 2**60])
+    assert_same_bits(bags_and_factors(run, arguments), expected)
+    arguments["offsets"] = torch.tensor([9, 2**60, -(2**60)])
+    bags_and_factors(run, arguments)
+
+
+@pytest.mark.parametrize("length", [7, 30, 1100])
+def test_a_bag_is_the_same_among_few_and_among_many(length):
+    """By a block, by a group of lanes, and by a block among groups."""
+    run = cuda_ops.run
+    arguments = bag_case((270, length), 50, 32, factors="wide", dtype=torch.float16)
+    many = run("embedding_bag", **arguments)
+    few = {name: arguments[name][:3] for name in ("input", "per_sample_weights")}
+    assert_same_bits(run("embedding_bag", **arguments | few), many[:3])
+    flat = {name: arguments[name].flatten() for name in few}
+    flat["offsets"] = torch.arange(270) * length
+    assert_same_bits(run("embedding_bag", **arguments | flat), many)
+
+
+def test_sums_of_a_table_in_the_hosts_memory_are_where_the_indices_are():
+    with FakeTensorMode():
+        input = torch.zeros(3, 2, dtype=torch.long, device="cuda:0")
+        out = torch.ops.memkernels.embedding_bag(input, torch.zeros(9, 6), None, None, None)
+    assert out.device == input.device and out.shape == (3, 6)
+
+
+@pytest.mark.skipif(not cuda_ops.on_gpu(), reason="needs a GPU")
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8])
+def test_a_table_in_pinned_memory(stored):
+    """Is read in place, and gives what a copy on the device gives."""
+    case = functools.partial(quantised_case, block=32, stored=stored)
+    case = case if stored == torch.int8 else functools.partial(bag_case, dtype=stored)
+    arguments = case((50, 12), 90, 64, factors="same")
+    here = {"weight", "scales"} & {name for name, t in arguments.items() if t is not None}
+    device = {name: t if t is None else t.cuda() for name, t in arguments.items()}
+    pinned = device | {name: arguments[name].pin_memory() for name in here}
+
+    def compute(arguments):
+        factors = arguments["per_sample_weights"].detach().requires_grad_()
+        out = memkernels.embedding_bag(**arguments | {"per_sample_weights": factors})
+        return out, *torch.autograd.grad(out.sum(), factors)
+
+    assert_same_bits(compute(pinned), compute(device))
+    with pytest.raises(RuntimeError, match=r"embedding_bag: weight .*pinned"):
+        memkernels.embedding_bag(**device | {"weight": arguments["weight"]})
+    if stored == torch.bfloat16:
+        pinned["weight"].requires_grad_()
+        with pytest.raises(RuntimeError, match="not differentiable"):
+            memkernels.embedding_bag(**pinned)
+    with pytest.raises(RuntimeError, match=r"embedding_bag: .*device"):
+        memkernels.embedding_bag(**device | {"input": arguments["input"]})
+
+
 CASES = {
     f.__name__: f
     for f in (
@@ -266,6 +375,8 @@ CASES = {
         codes,
         gradients_of_codes,
         product_keys,
+        bags,
+        quantised_bags,
     )
 }
 UNCHECKED = {
@@ -275,6 +386,7 @@ UNCHECKED = {
         steps_of_rows_out_of_range,
         neurons_out_of_range,
         hashes_of_wild_offsets,
+        bags_of_nonsense,
     )
 }
 (

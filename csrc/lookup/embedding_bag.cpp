@@ -17,7 +17,13 @@ using attention::workers_for;
 
 bool quantised(Dtype d) { return d == Dtype::i8 || d == Dtype::e4m3; }
 
-void check_weight(const char* op, const TensorView& weight) {
+// The device reads tables in the host's memory too, if that is pinned.
+void check_table_device(const char* op, const char* arg, const TensorView& t, Device device) {
+  if (device.type == DeviceType::cuda && t.device.type == DeviceType::cpu) return;
+  check_device(op, arg, t, device);
+}
+
+void check_weight(const char* op, const TensorView& weight, Device device) {
   const bool known = is_floating(weight.dtype) || quantised(weight.dtype);
   check(known, op, "weight has an unsupported dtype ", name(weight.dtype),
         "; supported: float32, bfloat16, float16, float64 on the CPU, and with scales int8 and "
@@ -25,9 +31,11 @@ void check_weight(const char* op, const TensorView& weight) {
   check_shape(op, "weight", weight, "[N, D]", {-1, -1});
   check(weight.shape[1] > 0, op, "weight has rows of D = 0");
   check_rows_contiguous(op, "weight", weight);
+  check_table_device(op, "weight", weight, device);
 }
 
-void check_scales(const char* op, const TensorView& scales, const TensorView& weight) {
+void check_scales(const char* op, const TensorView& scales, const TensorView& weight,
+                  Device device) {
   if (!quantised(weight.dtype)) {
     check(!given(scales), op, "scales must be None with ", name(weight.dtype), " weight");
     return;
@@ -39,7 +47,7 @@ void check_scales(const char* op, const TensorView& scales, const TensorView& we
                     weight.shape[1] % scales.shape[1] == 0;
   check(fits, op, "scales must be [N, D / block] for weight ", shape_of(weight), ", got ",
         shape_of(scales));
-  check_device(op, "scales", scales, weight.device);
+  check_table_device(op, "scales", scales, device);
 }
 
 // The gradient of the result, for bags of these.
@@ -49,6 +57,16 @@ void check_grad(const char* op, const TensorView& grad, const Bags& bags) {
   check(grad.shape[1] > 0, op, "grad has rows of D = 0");
   check_rows_contiguous(op, "grad", grad);
 }
+
+#ifdef MEMKERNELS_WITH_CUDA
+void check_rows_on_host(const char* op, Bags bags, int64_t num_rows, const Context& ctx) {
+  HostCopies copies(op, ctx);
+  copies.replace(bags.input);
+  copies.replace(bags.offsets);
+  bags.factors = {};
+  make_lists(op, "input", bags, num_rows, Dtype::f32);
+}
+#endif
 
 void sum(const SumArgs& args, const Context& ctx) {
   const int64_t dim = args.table.shape[1],
@@ -69,9 +87,15 @@ void sum(const SumArgs& args, const Context& ctx) {
 
 void embedding_bag(const EmbeddingBagArgs& a, const Context& ctx) {
   constexpr char op[] = "embedding_bag";
-  check_weight(op, a.weight);
-  check_scales(op, a.scales, a.weight);
-  check_bags(op, "input", "per_sample_weights", a.bags, a.weight.device, a.out.dtype);
+  check_weight(op, a.weight, ctx.device);
+  check_scales(op, a.scales, a.weight, ctx.device);
+  check_bags(op, "input", "per_sample_weights", a.bags, ctx.device, a.out.dtype);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    if (ctx.check_indices) check_rows_on_host(op, a.bags, a.weight.shape[0], ctx);
+    return cuda::embedding_bag(a, ctx);
+  }
+#endif
   const OwnedLists lists =
       make_lists(op, "input", a.bags, a.weight.shape[0], accumulator(a.out.dtype));
   if (!missing_pages(a.weight, lists)) {
@@ -112,13 +136,7 @@ void embedding_bag_backward(const char* op, const EmbeddingBagGrads& a, int64_t 
   }
 #ifdef MEMKERNELS_WITH_CUDA
   if (ctx.device.type == DeviceType::cuda) {
-    if (ctx.check_indices) {
-      HostCopies copies(op, ctx);
-      Bags read{a.bags.input, a.bags.offsets, {}};
-      copies.replace(read.input);
-      copies.replace(read.offsets);
-      make_lists(op, "input", read, num_embeddings, Dtype::f32);
-    }
+    if (ctx.check_indices) check_rows_on_host(op, a.bags, num_embeddings, ctx);
     return cuda::embedding_bag_backward(op, a, num_embeddings, ctx);
   }
 #endif
@@ -144,14 +162,21 @@ void embedding_bag_backward(const char* op, const EmbeddingBagGrads& a, int64_t 
 
 void embedding_bag_weights(const EmbeddingBagWeightsArgs& a, const Context& ctx) {
   constexpr char op[] = "embedding_bag_weights";
-  check_weight(op, a.weight);
-  check_scales(op, a.scales, a.weight);
+  check_weight(op, a.weight, ctx.device);
+  check_scales(op, a.scales, a.weight, ctx.device);
   const Dtype dtype = given(a.scales) ? Dtype::f32 : a.weight.dtype;
-  check_bags(op, "input", "per_sample_weights", a.bags, a.weight.device, dtype);
+  check_bags(op, "input", "per_sample_weights", a.bags, ctx.device, dtype);
   check_grad(op, a.grad, a.bags);
   check_dtype(op, "grad", a.grad, dtype);
   const int64_t dim = a.weight.shape[1];
   check_shape(op, "grad", a.grad, "[T, D]", {-1, dim});
+  check_device(op, "grad", a.grad, ctx.device);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    if (ctx.check_indices) check_rows_on_host(op, a.bags, a.weight.shape[0], ctx);
+    return cuda::embedding_bag_weights(a, ctx);
+  }
+#endif
   const OwnedLists lists = make_lists(op, "input", a.bags, a.weight.shape[0], accumulator(dtype));
   const int workers = workers_for(ctx, static_cast<double>(numel(a.bags.input)) * dim);
   const auto cuts = cut_lists(lists, dim, workers, true);

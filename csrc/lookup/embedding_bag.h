@@ -19,7 +19,7 @@ struct Bags {
 
 struct EmbeddingBagArgs {
   Bags bags;
-  TensorView weight;  // [N, D]
+  TensorView weight;  // [N, D]; it and scales may be in the host's memory beside bags on CUDA
   TensorView scales;  // [N, D / block] of a quantised weight
   TensorView out;     // [T, D], contiguous, written
 };
@@ -54,6 +54,11 @@ struct EmbeddingBagWeightsArgs {
 };
 
 void embedding_bag_weights(const EmbeddingBagWeightsArgs& args, const Context& ctx);
+
+namespace cuda {
+void embedding_bag(const EmbeddingBagArgs& args, const Context& ctx);  // checked ones
+void embedding_bag_weights(const EmbeddingBagWeightsArgs& args, const Context& ctx);
+}  // namespace cuda
 
 // ---- kernels -----------------------------------------------------------------------------------
 

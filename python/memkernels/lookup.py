@@ -60,7 +60,9 @@ def embedding_bag(
     Args:
         input: indices, ``[T, K]``, or flat ``[n]`` with offsets; int32 or int64. -1 is skipped.
         weight: ``[N, D]``; float32, bfloat16, float16, float64 on the CPU; or, without gradient,
-            int8 or float8_e4m3fn with scales.
+            int8 or float8_e4m3fn with scales. Beside input on CUDA it and scales may be in pinned
+            memory of the host, without gradient: rows are read in place, and what is in the memory
+            must stay until the stream has run.
         offsets: ``[T]``, where each bag of a flat input begins; a bag may be empty.
         per_sample_weights: shape of input, float32 or the dtype of weight (float64 for float64).
         scales: ``[N, D / block]``, factors of blocks of a quantised row: float32, or uint8 holding
@@ -77,7 +79,8 @@ def embedding_bag(
     an index outside the table is named with its place.
     """
     options = {"per_sample_weights": per_sample_weights, "scales": scales, "sparse": sparse}
-    if _library.use_fallback(weight, "embedding_bag", weight, per_sample_weights):
+    place = input if weight.is_cpu else weight
+    if _library.use_fallback(place, "embedding_bag", weight, per_sample_weights):
         return fallback.embedding_bag(input, weight, offsets, **options)
     tensors = input, weight, offsets, per_sample_weights, scales
     return _library.call(_embedding_bag, tensors[1:], *tensors, sparse=sparse)
@@ -377,7 +380,7 @@ def _(query, keys, *, k):
 def _(input, weight, offsets, per_sample_weights, scales, *, sparse=False):
     dtype = weight.dtype if scales is None else torch.float32
     num_bags = (input if offsets is None else offsets).shape[0]
-    return weight.new_empty(num_bags, weight.shape[1], dtype=dtype)
+    return weight.new_empty(num_bags, weight.shape[1], dtype=dtype, device=input.device)
 
 
 @_fake("embedding_bag_backward")
@@ -482,6 +485,8 @@ def _bag_context(ctx, inputs, keyword_only_inputs, output):
             "embedding_bag: a quantised weight and its scales are not differentiable"
         )
     input, weight, offsets, per_sample_weights, scales = inputs
+    if ctx.needs_input_grad[1] and weight.device != input.device:
+        raise RuntimeError("embedding_bag: a weight in the host's memory is not differentiable")
     factors = (weight, scales) if ctx.needs_input_grad[3] else (None, None)
     rows = per_sample_weights if ctx.needs_input_grad[1] else None
     ctx.save_for_backward(input, offsets, rows, *factors)

@@ -54,9 +54,9 @@ Tensor embedding_bag(const Tensor& input, const Tensor& weight, const OptionalTe
   check_shape(op, "weight", a.weight, "[N, D]", {-1, -1});
   const bool floating = is_floating(a.weight.dtype);
   Tensor out = empty({lookup::num_bags(a.bags), a.weight.shape[1]},
-                     floating ? a.weight.dtype : Dtype::f32, a.weight.device);
+                     floating ? a.weight.dtype : Dtype::f32, a.bags.input.device);
   a.out = view(op, "out", out);
-  lookup::embedding_bag(a, OpContext(op, a.weight.device));
+  lookup::embedding_bag(a, OpContext(op, a.bags.input.device));
   return out;
 }
 
@@ -128,7 +128,7 @@ Tensor embedding_bag_weights(const Tensor& grad, const Tensor& input, const Tens
   like.dtype = accumulator(a.weight.dtype);
   Tensor out = empty_like(like);
   a.out = view(op, "out", out);
-  lookup::embedding_bag_weights(a, OpContext(op, a.weight.device));
+  lookup::embedding_bag_weights(a, OpContext(op, a.bags.input.device));
   return out;
 }
 
@@ -381,7 +381,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MEMKERNELS_NAMESPACE, m) {
       "-> (Tensor dx, Tensor dweights, Tensor up_factors, Tensor down_factors)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) {
+template <class Library>
+static void implement(Library& m) {
   m.impl("product_key_topk", TORCH_BOX(&product_key_topk));
   m.impl("embedding_bag", TORCH_BOX(&embedding_bag));
   m.impl("embedding_bag_backward", TORCH_BOX(&embedding_bag_backward));
@@ -400,23 +401,10 @@ STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) {
   m.impl("row_adam", TORCH_BOX(&row_adam));
 }
 
+STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) { implement(m); }
+
 #if defined(MEMKERNELS_WITH_CUDA) && !defined(MEMKERNELS_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CUDA, m) {
-  m.impl("embedding_bag_backward", TORCH_BOX(&embedding_bag_backward));
-  m.impl("embedding_bag_dense", TORCH_BOX(&embedding_bag_dense));
-  m.impl("embedding_bag_accumulate", TORCH_BOX(&embedding_bag_accumulate));
-  m.impl("row_sgd", TORCH_BOX(&row_sgd));
-  m.impl("row_adagrad", TORCH_BOX(&row_adagrad));
-  m.impl("row_adam", TORCH_BOX(&row_adam));
-  m.impl("sparse_ffn", TORCH_BOX(&sparse_ffn));
-  m.impl("sparse_ffn_backward", TORCH_BOX(&sparse_ffn_backward));
-  m.impl("ngram_hash", TORCH_BOX(&ngram_hash));
-  m.impl("engram_gate", TORCH_BOX(&engram_gate));
-  m.impl("engram_gate_backward", TORCH_BOX(&engram_gate_backward));
-  m.impl("lsh_codes", TORCH_BOX(&lsh_codes));
-  m.impl("lsh_codes_backward", TORCH_BOX(&lsh_codes_backward));
-  m.impl("product_key_topk", TORCH_BOX(&product_key_topk));
-}
+STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CUDA, m) { implement(m); }
 #endif
 
 }  // namespace memkernels::binding

@@ -71,6 +71,16 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// What a tensor of the host, which must be pinned, is for the device.
+inline const void* pinned_data(const char* op, const char* arg, const TensorView& t) {
+  cudaPointerAttributes attributes{};
+  check_cuda(op, cudaPointerGetAttributes(&attributes, t.data));
+  const bool pinned = attributes.type != cudaMemoryTypeUnregistered && attributes.devicePointer;
+  check(pinned, op, arg,
+        " is in the host's memory, where the GPU reads only what is pinned (Tensor.pin_memory)");
+  return attributes.devicePointer;
+}
+
 // Bytes of shared memory a block may have, and what all blocks of a multiprocessor share.
 struct Limits {
   int64_t of_block, of_multiprocessor;
