@@ -255,7 +255,7 @@ def ngrams(tokens: int, calls: int, *, heads: int = 8, vocabulary: int = 99_092)
         tensors = x.token_ids, x.multipliers, x.moduli, x.offsets
         return memkernels.ngram_hash(*tensors, orders=x.orders, pad_id=x.pad_id)
 
-    theirs = peers.among(lookup_peers.HASH, x)
+    theirs = {} if _measure.on_gpu() else peers.among(lookup_peers.HASH, x)
     return Case(
         f"{calls} calls of ngram_hash, {tokens} x {len(moduli)} ids",
         many(ours),
@@ -311,7 +311,7 @@ def gate(
 
     read = sum(x.nbytes for x in inputs)
     theirs = both(lookup_peers.engram_gate, run)
-    if not backward:
+    if not backward and hidden.is_cpu:
         theirs |= peers.among([lookup_peers.onnx_gate], *inputs)
     return Case(
         f"engram_gate {short(dtype)} {tokens} x {channels} x {dim}"
@@ -412,8 +412,8 @@ def experts(dim: int, tokens: int, num_keys: int, heads: int, k: int, *, backwar
 def cases(quick: bool) -> Iterator[Case]:
     if quick:
         yield from quick_cases()
-    elif not _measure.on_gpu():
-        yield from full_cases()
+    else:
+        yield from gpu_cases() if _measure.on_gpu() else full_cases()
 
 
 def full_cases() -> Iterator[Case]:
@@ -444,6 +444,35 @@ def full_cases() -> Iterator[Case]:
         yield memory(512, 512, 256, 4, 32, backward=backward)
     for backward in (False, True):
         yield experts(512, 512, 256, 8, 16, backward=backward)
+
+
+def gpu_cases() -> Iterator[Case]:
+    """Sizes that fill a large GPU, and that its caches cannot hold."""
+    large, small = (1 << 22, 256), (1 << 20, 512)
+    for dtype in F32, BF16:
+        for rows, dim, count in (1 << 24, 32, 65536), (*large, 16384), (1 << 17, 8192, 1024):
+            yield bag(rows, dim, count, 32, "uniform", dtype=dtype)
+    yield bag(*large, 16384, 32, "uniform", dtype=F16)
+    yield bag(*large, 16384, 32, "Zipf")
+    yield bag(*large, 16, 8192, "uniform")
+    for dtype in torch.int8, FP8:
+        yield quantised_bag(*large, 16384, 32, dtype)
+    for kind in dense_gradient, sparse_gradient, sgd:
+        for how in "uniform", "Zipf", "64 rows":
+            yield kind(*small, 8192, 128, how)
+    yield adagrad(*small, 8192, 128, "uniform")
+    yield adam(*large, 8192, 32, "uniform")
+    for dtype in F32, BF16:
+        yield product_keys(16384, 4, 1024, 128, 32, dtype=dtype)
+    yield ngrams(1 << 20, 1)
+    for backward in (False, True):
+        yield codes(1 << 17, 128, 8, backward=backward)
+    for dtype, backward in (BF16, False), (F32, False), (BF16, True):
+        yield gate(65536, 4, 1024, backward=backward, dtype=dtype)
+    for backward in (False, True):
+        yield neurons(*small, 8192, 128, backward=backward)
+    for backward in (False, True):
+        yield memory(512, 8192, 512, 4, 32, backward=backward)
 
 
 def quick_cases() -> Iterator[Case]:

@@ -43,7 +43,8 @@ class Bags:
 def copied(table: Tensor) -> Tensor:
     """A copy in large pages, as other caches and tables here."""
     copy = torch.empty_like(table)
-    torch.ops.memkernels._advise_huge_pages(copy)
+    if copy.is_cpu:
+        torch.ops.memkernels._advise_huge_pages(copy)
     return copy.copy_(table)
 
 
@@ -72,16 +73,20 @@ def fbgemm(x: Bags, optimiser: str = "EXACT_SGD", **options) -> Callable:
         raise Absent(f"FBGEMM (pip install --no-deps fbgemm-gpu-cpu==1.8.0): {error}") from error
     precision = {torch.float32: SparseType.FP32, torch.float16: SparseType.FP16}
     if x.table.dtype not in precision:
-        raise Absent(f"FBGEMM: no {x.table.dtype} on a CPU")
+        raise Absent(f"FBGEMM: no {x.table.dtype}")
+    place = EmbeddingLocation.HOST, ComputeDevice.CPU
+    if x.table.is_cuda:
+        place = EmbeddingLocation.DEVICE, ComputeDevice.CUDA
     module = SplitTableBatchedEmbeddingBagsCodegen(
-        [(*x.table.shape, EmbeddingLocation.HOST, ComputeDevice.CPU)],
+        [(*x.table.shape, *place)],
         optimizer=EmbOptimType[optimiser],
         weights_precision=precision[x.table.dtype],
         bounds_check_mode=BoundsCheckMode.NONE,
         **options,
     )
     (table,) = module.split_embedding_weights()
-    torch.ops.memkernels._advise_huge_pages(table)
+    if table.is_cpu:
+        torch.ops.memkernels._advise_huge_pages(table)
     table.copy_(x.table)
     return module
 
