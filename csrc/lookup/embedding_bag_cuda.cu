@@ -45,6 +45,7 @@ BagParams params_of(const char* op, const Bags& bags, const TensorView& weight,
     p.wide_factors = bags.factors.dtype == Dtype::f32;
   }
   p.table = data_of(op, "weight", weight);
+  p.table_on_host = weight.device.type == DeviceType::cpu;
   p.row_stride = weight.stride[0];
   p.num_rows = weight.shape[0];
   constexpr int64_t kMostColumns = 0x7fffffff - 4096;  // that lanes can step over
@@ -66,10 +67,10 @@ bool aligned(const void* data, int64_t stride, int elements) {
 }
 
 // As many lanes as waste few of them. By `elements` a lane; one at a time, more lanes share a
-// sector.
+// sector, and of the host's memory a line.
 void cut_rows(BagParams& p, int elements) {
   const int64_t chunks = ceil_div(p.dim, elements);
-  p.block_lanes = elements > 1 ? 4 : 8;
+  p.block_lanes = elements > 1 && !p.table_on_host ? 4 : 8;
   p.lanes = 32;
   const auto slices = [&](int lanes) { return static_cast<int>(ceil_div(chunks, lanes)); };
   while (p.lanes > p.block_lanes && 8 * p.lanes * slices(p.lanes) > 9 * chunks) p.lanes /= 2;
@@ -100,28 +101,30 @@ void embedding_bag(const EmbeddingBagArgs& a, const Context& ctx) {
   p.out = a.out.data;
   if (p.num_bags == 0) return;
   const bool flat = given(a.bags.offsets);
-  const int64_t longest = flat ? p.num_entries : p.bag_length;
+  const int64_t length = flat ? p.num_entries / p.num_bags : p.bag_length;  // as a rule
   with_row_type(a.weight.dtype, [&](auto type) {
     using R = decltype(type);
     with_chunk<R>(p, true, [&](auto elements) {
       constexpr int kElements = elements.value;
       const int64_t groups = kBagThreads / p.lanes;
       const int64_t blocks = ceil_div(p.num_bags, groups) * p.slices;
-      constexpr int64_t kRowBytes = Rows<R, kElements>::kSharedBytes;
-      const int64_t bytes =
-          kRowBytes + kMaxParts * p.block_lanes * kElements * int64_t{sizeof(float)};
+      const auto bytes_of = [&](int64_t threads, int64_t parts) {
+        return Rows<R, kElements>::shared_bytes(static_cast<int>(threads)) +
+               parts * p.block_lanes * kElements * int64_t{sizeof(float)};
+      };
       // Where bags are too few for the GPU, their parts are more.
-      const int64_t enough = 2 * limits_of(op, ctx.device).multiprocessors;
-      p.by_block = longest > kRowsAtOnce && p.num_bags * p.slices < enough * groups;
+      const int64_t enough = limits_of(op, ctx.device).multiprocessors;
+      p.by_block = length > kRowsAtOnce && p.num_bags * p.slices < enough * groups;
       if (!p.by_block) {
-        const int64_t shared_bytes = flat ? bytes + groups * int64_t{sizeof(int)} : kRowBytes;
-        return launch(op, ctx, sum_bags<R, kElements>, blocks, kBagThreads, shared_bytes, p);
+        const int64_t bytes = bytes_of(kBagThreads, flat ? kMaxParts : 0);
+        return launch(op, ctx, sum_bags<R, kElements>, blocks, kBagThreads,
+                      bytes + (flat ? groups * int64_t{sizeof(int)} : 0), p);
       }
-      const int64_t parts = ceil_div(longest, part_length(longest));
+      const int64_t parts = ceil_div(length, part_length(length));
       const int64_t threads =
           std::min<int64_t>(kBagThreads, ceil_div(parts * p.block_lanes, 32) * 32);
       launch(op, ctx, sum_bags<R, kElements>, p.num_bags * p.block_slices,
-             static_cast<int>(threads), bytes, p);
+             static_cast<int>(threads), bytes_of(threads, flat ? kMaxParts : parts), p);
     });
   });
 }
@@ -140,7 +143,7 @@ void embedding_bag_weights(const EmbeddingBagWeightsArgs& a, const Context& ctx)
       constexpr int kElements = elements.value;
       const int64_t threads = ceil_div(p.num_entries, kRowsAtOnce) * p.lanes;
       launch(op, ctx, multiply_rows<R, kElements>, ceil_div(threads, kBagThreads), kBagThreads,
-             Rows<R, kElements>::kSharedBytes, p);
+             Rows<R, kElements>::shared_bytes(kBagThreads), p);
     });
   });
 }

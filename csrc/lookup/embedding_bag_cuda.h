@@ -32,6 +32,7 @@ struct BagParams {
   bool wide_factors;  // float32, else the dtype of the table
 
   const void* table;  // [N, D]
+  bool table_on_host;
   int64_t row_stride, num_rows;
   int dim;
   const void* scales;  // [N, D / scale_block] of a quantised one: float32, or uint8 for e8m0

@@ -155,12 +155,14 @@ __device__ __forceinline__ float scale_of(const BagParams& p, uint32_t stored) {
 template <class R, int kElements>
 struct Rows {
   // Chunks of 16 bytes wait in shared memory, so that they take no registers.
-  static constexpr int kSharedBytes = kElements > 1 ? kRowsAtOnce * kBagThreads * 16 : 0;
+  __host__ __device__ static __forceinline__ int shared_bytes(int threads) {
+    return kElements > 1 ? kRowsAtOnce * threads * 16 : 0;
+  }
   RowChunk<R, 1> chunks[kElements > 1 ? 1 : kRowsAtOnce];
   uint32_t scales[kQuantised<R> ? kRowsAtOnce : 1];
 
   static __device__ __forceinline__ RowChunk<R, kElements>* place(int i) {
-    return reinterpret_cast<RowChunk<R, kElements>*>(shared_memory()) + i * kBagThreads +
+    return reinterpret_cast<RowChunk<R, kElements>*>(shared_memory()) + i * blockDim.x +
            threadIdx.x;
   }
 
@@ -351,7 +353,7 @@ __global__ void __launch_bounds__(kBagThreads, kBlocksOf<R>) sum_bags(const BagP
   // Rows; partial sums [kMaxParts] of block_lanes * kElements columns; of groups, if their bag
   // waits.
   float* const partial =
-      reinterpret_cast<float*>(shared_memory() + Rows<R, kElements>::kSharedBytes);
+      reinterpret_cast<float*>(shared_memory() + Rows<R, kElements>::shared_bytes(blockDim.x));
   if (p.by_block) {
     return sum_by_block<R, kElements>(p, blockIdx.x / p.block_slices, blockIdx.x % p.block_slices,
                                       partial);

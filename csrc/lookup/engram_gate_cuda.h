@@ -10,7 +10,7 @@ using namespace memkernels::cuda;
 inline constexpr int kGateWarps = 8;
 inline constexpr int kGateThreads = 32 * kGateWarps;
 inline constexpr int kGateChannels = 1024;  // the most of a backward
-inline constexpr int kGateParts = 512;      // the most of dweight
+inline constexpr int kGateParts = 384;  // the most of dweight: three blocks for 128 multiprocessors
 
 struct GateParams {
   const void *hidden, *k, *v, *weight;  // [T, C, D], [T, C, D], [T, D], [C, D]

@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kSearchThreads, kSearchBlocks)
 }
 
 // A warp for each token and head.
-__global__ void __launch_bounds__(kMergeThreads) merge_halves(const ProductKeyParams p) {
+static __global__ void __launch_bounds__(kMergeThreads) merge_halves(const ProductKeyParams p) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, k = p.k;
   const int64_t row = int64_t{blockIdx.x} * (kMergeThreads / 32) + warp;
   if (row >= int64_t{p.tokens} * p.heads) return;

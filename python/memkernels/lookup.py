@@ -81,6 +81,8 @@ def embedding_bag(
     options = {"per_sample_weights": per_sample_weights, "scales": scales, "sparse": sparse}
     place = input if weight.is_cpu else weight
     if _library.use_fallback(place, "embedding_bag", weight, per_sample_weights):
+        if weight.is_cpu and not input.is_cpu:
+            raise RuntimeError("embedding_bag: weight is on the CPU, which needs CUDA kernels here")
         return fallback.embedding_bag(input, weight, offsets, **options)
     tensors = input, weight, offsets, per_sample_weights, scales
     return _library.call(_embedding_bag, tensors[1:], *tensors, sparse=sparse)
