@@ -191,6 +191,25 @@ def run_all(run: Callable, cases: dict[str, Callable], unchecked: dict[str, Call
         compare(functools.partial(run, check_indices=False))
 
 
+needs_gpu = pytest.mark.skipif(not on_gpu(), reason="no GPU, or a build without CUDA kernels")
+
+
+def on_cuda(arguments: dict) -> dict:
+    return {n: t.cuda() if isinstance(t, Tensor) else t for n, t in arguments.items()}
+
+
+def check_captured(compute: Callable[[], list[Tensor]]) -> None:
+    """A graph of what is launched gives the same bits."""
+    expected = [result.clone() for result in compute()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = compute()
+    for result in results:
+        result.zero_()
+    graph.replay()
+    assert_same_bits(list(results), expected)
+
+
 class Moved(torch.autograd.Function):
     """A leaf on the CPU as it was moved to the device, with its strides and aliases."""
 

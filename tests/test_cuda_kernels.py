@@ -13,6 +13,7 @@ import cuda_ops
 import memkernels
 import test_cuda_lookup
 from cases import attention_case, gather_case
+from cuda_ops import on_cuda
 from test_attention_backward import gradients
 from tolerance import assert_same_bits, check_attention, unchanged
 
@@ -241,26 +242,14 @@ def test_merge_states_backward(dtype):
         check_merge_backward(torch.ops.memkernels.merge_states_backward, dtype, "cuda")
 
 
-def on_cuda(arguments):
-    return {n: t.cuda() if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}
-
-
-@pytest.mark.skipif(not cuda_ops.on_gpu(), reason="no GPU, or a build without CUDA kernels")
+@cuda_ops.needs_gpu
 class TestOnGpu:
     """What the host runner cannot show."""
 
     def test_captured_in_a_graph(self):
         case = decode()
-        expected = cuda_ops.on_device("paged_attention", **case.arguments(), return_lse=True)
         tensors = on_cuda(case.arguments())
-        memkernels.paged_attention(**tensors, return_lse=True)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = memkernels.paged_attention(**tensors, return_lse=True)
-        for result in results:
-            result.zero_()
-        graph.replay()
-        assert_same_bits([x.cpu() for x in results], list(expected))
+        cuda_ops.check_captured(lambda: memkernels.paged_attention(**tensors, return_lse=True))
 
     def test_current_stream(self):
         case = decode()

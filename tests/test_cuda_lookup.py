@@ -97,6 +97,21 @@ def test_most_rows_that_can_be_sorted_by():
         cuda_ops.on_host("embedding_bag_backward", **arguments, num_embeddings=most + 1)
 
 
+@cuda_ops.needs_gpu
+def test_training_of_a_table_is_captured_in_a_graph():
+    bag = cuda_ops.on_cuda(bag_case((40, 9), 20, 8, factors="same"))
+    table = bag["weight"].clone()
+
+    def step():
+        table.copy_(bag["weight"])
+        out = memkernels.embedding_bag(**bag)
+        rows = memkernels.embedding_bag_backward(out, bag["input"], len(table))
+        memkernels.row_sgd(table, *rows, lr=0.1)
+        return out, *rows, table
+
+    cuda_ops.check_captured(step)
+
+
 # ---- sparse networks -----------------------------------------------------------------------------
 
 
@@ -336,7 +351,7 @@ def test_sums_of_a_table_in_the_hosts_memory_are_where_the_indices_are():
     assert out.device == input.device and out.shape == (3, 6)
 
 
-@pytest.mark.skipif(not cuda_ops.on_gpu(), reason="needs a GPU")
+@cuda_ops.needs_gpu
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8])
 def test_a_table_in_pinned_memory(stored):
     """Is read in place, and gives what a copy on the device gives."""

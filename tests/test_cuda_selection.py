@@ -5,12 +5,14 @@ compute is tested beside the other backends (conftest.ops)."""
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import checks
 import cuda_ops
+import memkernels
 from cases import attention_case, colstats_case, indexer_case, knn_case, of_sequence
 from tolerance import assert_same_bits
 
@@ -77,6 +79,24 @@ def test_a_sparse_step_of_decoding_is_three_kernels():
     indices = cuda_ops.on_host("select_topk", scores, 20, pages, keep_last=1)
     cuda_ops.on_host("gather_attention", case.q, case.k_cache, case.v_cache, indices, *inputs)
     assert cuda_ops.launches() == 3
+
+
+@cuda_ops.needs_gpu
+def test_a_sparse_step_is_captured_in_a_graph():
+    arguments = attention_case("paged", [600, 40], heads=(8, 2), dtype=BF16).arguments()
+    x = SimpleNamespace(**cuda_ops.on_cuda(arguments))
+    inputs = x.page_table, x.seq_lens
+    pages = (x.seq_lens[:, None] + 15) // 16
+
+    def step():
+        summary = memkernels.summarize_keys(x.k_cache, *inputs)
+        memkernels.update_summaries(summary, x.k_cache, *inputs)
+        scores = memkernels.score_pages(x.q, summary, *inputs, 16)
+        indices = memkernels.select_topk(scores, 20, pages, keep_last=1)
+        out = memkernels.gather_attention(x.q, x.k_cache, x.v_cache, indices, *inputs)
+        return summary, scores, indices, out
+
+    cuda_ops.check_captured(step)
 
 
 # ---- column statistics ---------------------------------------------------------------------------
