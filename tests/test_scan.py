@@ -153,9 +153,10 @@ def test_packed_is_as_rows_of_a_batch(scan_ops, example):
               if (t := rows[name]) is not None and t.ndim > 1}  # fmt: skip
     packed = rows | packed | {"cu_seqlens": torch.tensor([0, 20, 40, 60])}
     out, *states = outcome(scan_ops, op, packed)
-    assert_same_bits([out.view(3, 20, -1).flatten(), *states],
-                     [x if i else x.flatten() for i, x in
-                      enumerate(outcome(scan_ops, op, rows))])  # fmt: skip
+    expected, *expected_states = outcome(scan_ops, op, rows)
+    # torch's functions round in another way where a tensor ends.
+    compare = torch.testing.assert_close if scan_ops is PLAIN else assert_same_bits
+    compare([out.view(expected.shape), *states], [expected, *expected_states])
     actual, expected = (gradients(getattr(scan_ops, op), x) for x in (packed, rows))
     for name, grad in expected.items():
         torch.testing.assert_close(actual[name].view_as(grad), grad)
