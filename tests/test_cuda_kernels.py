@@ -12,6 +12,7 @@ import torch
 import cuda_ops
 import memkernels
 import test_cuda_lookup
+import test_cuda_selection
 from cases import attention_case, gather_case
 from cuda_ops import on_cuda
 from test_attention_backward import gradients
@@ -191,9 +192,9 @@ def every_kernel(**options):
         differentiate(make(), **options)
     write(**options)
     check_unchecked(**options)
-    test_cuda_lookup.every_kernel(
-        functools.partial(options.pop("run", cuda_ops.on_host), **options)
-    )
+    run = functools.partial(options.pop("run", cuda_ops.on_host), **options)
+    for family in test_cuda_selection, test_cuda_lookup:
+        cuda_ops.run_all(run, family.CASES, family.UNCHECKED)
     if "check" not in options:
         check_merge_backward(torch.ops.memkernels.merge_states_backward, torch.half, "cuda")
 

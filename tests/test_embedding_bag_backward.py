@@ -30,7 +30,8 @@ def rows_of(ops, arguments):
 @at_random(sizes=bag_sizes())
 def test_rows_at_random(ops, sizes):
     arguments = backward_case(bag_case(**sizes))
-    rows, grads, count = check(ops, "embedding_bag_backward", arguments, slack=2)
+    # A row may be the small difference of two large ones.
+    rows, grads, count = check(ops, "embedding_bag_backward", arguments, slack=4)
     assert (rows.dtype, grads.dtype, count.dtype) == (torch.int64, wide(sizes["dtype"]), rows.dtype)
     assert len(rows) == len(grads) == arguments["input"].numel() and count.shape == (1,)
 

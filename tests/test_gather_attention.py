@@ -613,9 +613,8 @@ def test_gradients_against_autograd_through_the_fallback_at_random(kernels, seed
         causal=pick(True, False),
         softcap=pick(0.0, 3.0),
     )
-    check_gradients(
-        kernels.gather_attention, case, slack=16
-    )  # short sequences list one key thirty times
+    # Short sequences list one key thirty times.
+    check_gradients(kernels.gather_attention, case, slack=32)
 
 
 @kinds

@@ -293,8 +293,11 @@ def networks(draw, **options):
 
 @at_random(arguments=networks())
 def test_networks_at_random(ops, arguments):
-    out = check(ops, "sparse_ffn", arguments, slack=ALONE)
-    assert out.dtype == arguments["x"].dtype and out.is_contiguous()
+    # In float64 plain torch may have the very sums of the reference.
+    dtype = arguments["x"].dtype
+    slack = 8 * ALONE if dtype == torch.float64 else ALONE
+    out = check(ops, "sparse_ffn", arguments, slack=slack)
+    assert out.dtype == dtype and out.is_contiguous()
 
 
 @pytest.mark.parametrize("activation", ["relu", "none"])

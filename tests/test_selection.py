@@ -428,7 +428,8 @@ def check_bound(ops, case):
     """But for rounding, the score of a page is above the logits of its tokens."""
     summary = ops.summarize_keys(**keys_of(case))
     page_size, num_kv_heads, head_dim = case.k_cache.shape[1:]
-    rounding = 2 * head_dim * torch.finfo(torch.promote_types(case.q.dtype, torch.float32)).eps
+    # Twice as much as float32 rounds is what three products of tf32 do.
+    rounding = 4 * head_dim * torch.finfo(torch.promote_types(case.q.dtype, torch.float32)).eps
     scores = ops.score_pages(
         case.q, summary, case.page_table, case.seq_lens, page_size, case.cu_seqlens_q, causal=False
     )
