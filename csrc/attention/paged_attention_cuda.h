@@ -69,8 +69,8 @@ struct AttentionParams {
   // partial_queries, so many of each sequence; or of all queries, if they are fewer.
   int partial_queries;
   bool partial_by_query;
-  float* partial_out;            // [num_partials, Hq, splits, Dv]
-  PartialState* partial_states;  // [num_partials, Hq, splits]
+  float* partial_out;            // [those queries, Hq, splits, Dv]
+  PartialState* partial_states;  // [those queries, Hq, splits]
   // [blocks of rows, Hkv], zeroed: blocks that have stored theirs, of which the last merges all; or
   // null: a kernel of its own does.
   int* arrivals;

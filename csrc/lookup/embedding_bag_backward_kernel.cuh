@@ -2,7 +2,7 @@
 //
 // Entries are sorted by row; equal ones keep their order. A row's entries are cut, from its first
 // one on, into pieces of 64, which a warp adds up, and longer rows into trees of 32 such sums, then
-// of 32 sums of these: so a row that every bag reads takes no longer than many rows do, nothing is
+// of 32 sums of these: so a row that every bag reads is the work of many warps, nothing is
 // added atomically, and a sum depends on its own entries alone. A warp has the pieces that begin
 // in 64 sorted places, which are at most 64 and lie side by side.
 //

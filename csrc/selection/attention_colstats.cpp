@@ -12,16 +12,18 @@ namespace memkernels::selection {
 
 namespace {
 
-void check_stats(const char* op, const ColstatsArgs& a, const attention::Shapes& shapes) {
+// Beside checked inputs of so many sequences.
+void check_stats(const char* op, const ColstatsArgs& a, int64_t batch) {
   const attention::PagedAttentionArgs& inputs = a.attention;
   const Device device = inputs.q.device;
-  check(shapes.heads > 0, op, "q has no heads");
+  const int64_t total_q = inputs.q.shape[0], heads = inputs.q.shape[1];
+  check(heads > 0, op, "q has no heads");
   const Dtype wide = accumulator(inputs.q.dtype);
-  check_shape(op, "lse", inputs.lse, "[total_q, Hq]", {shapes.total_q, shapes.heads});
+  check_shape(op, "lse", inputs.lse, "[total_q, Hq]", {total_q, heads});
   check_dtype(op, "lse", inputs.lse, wide);
   check_device(op, "lse", inputs.lse, device);
   check_shape(op, "accumulate_into", a.stats, "[B, Hkv, Lmax]",
-              {shapes.batch, shapes.kv_heads, -1});
+              {batch, inputs.k_cache.shape[2], -1});
   check_dtype(op, "accumulate_into", a.stats, wide);
   check_device(op, "accumulate_into", a.stats, device);
   check_contiguous(op, "accumulate_into", a.stats);
@@ -39,14 +41,14 @@ void attention_colstats(const char* op, const ColstatsArgs& a, const Context& ct
 #ifdef MEMKERNELS_WITH_CUDA
   if (ctx.device.type == DeviceType::cuda) {
     const attention::Shapes shapes = attention::check_on_cuda(op, inputs, ctx);
-    check_stats(op, a, shapes);
+    check_stats(op, a, shapes.batch);
     return cuda::attention_colstats(op, a, shapes, ctx);
   }
 #endif
-  check_stats(op, a, attention::check_shapes(op, inputs));
   attention::Plan plan;
   attention::make_plan(op, inputs, plan);
   const attention::Problem& p = plan.problem;
+  check_stats(op, a, p.num_sequences);
 
   // Heads of one token that lie side by side are read together, if they see the same keys.
   const bool together = p.k.head_stride < p.k.token_stride && p.same_window;

@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(kSearchThreads, resident_blocks(sizeof(T), kRo
 }
 
 // The best of a query's lists, in order. Blocks: queries times heads.
-__global__ void __launch_bounds__(1024) rank_found(const KnnParams p) {
+static __global__ void __launch_bounds__(1024) rank_found(const KnnParams p) {
   const int tid = threadIdx.x, threads = blockDim.x;
   const int64_t row = blockIdx.x;
   Key* const scratch = reinterpret_cast<Key*>(shared_memory());  // [32], of warps

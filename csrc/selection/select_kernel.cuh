@@ -6,7 +6,7 @@
 // sorted, and there is no limit on k.
 //
 // Cost: one read of a row that fits into shared memory, else five, which for up to 50 MB hit the L2
-// of an H200. A row of 8192 is bound by some ten block-wide barriers, about 10 us.
+// of an H200. A row of 8192 is bound by some ten block-wide barriers; about 10 us are expected.
 #pragma once
 
 #include "core/cuda/device.cuh"
