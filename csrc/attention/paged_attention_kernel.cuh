@@ -15,6 +15,7 @@
 #pragma once
 
 #include "attention/key_stream.cuh"
+#include "core/cuda/chunk.cuh"
 
 namespace memkernels::attention::cuda {
 
@@ -29,10 +30,6 @@ struct Shape {
   static constexpr int kKeyBlocks = (kKeys / 8 + kWarpsOverKeys - 1) / kWarpsOverKeys;
   static constexpr int kColumnBlocks = kDim / 8 / kWarpsOverKeys;
   static constexpr int kScorePitch = kKeys + 8;
-};
-
-struct alignas(16) Four {
-  float x[4];
 };
 
 // What a row's weighted sum of values is multiplied with, and its lse.
@@ -201,17 +198,17 @@ __device__ __forceinline__ void merge_splits(const AttentionParams& p, const Str
     for (int i = 0; i < n; ++i) {
       const float w = __shfl_sync(kWholeWarp, weight, i);
       const float* const from = outs + int64_t{i} * p.dim_v + column;
-      Four four{};
+      Chunk<float, 4> four{};
       if (whole) {
-        four = *reinterpret_cast<const Four*>(from);
+        four = *reinterpret_cast<const Chunk<float, 4>*>(from);
       } else {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          if (column + j < p.dim_v) four.x[j] = from[j];
+          if (column + j < p.dim_v) four.elements[j] = from[j];
         }
       }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) x[j] += w * four.x[j];
+      for (int j = 0; j < 4; ++j) x[j] += w * four.elements[j];
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) x[j] *= outcome.factor;

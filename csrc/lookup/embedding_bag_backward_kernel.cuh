@@ -11,7 +11,7 @@
 // 100 bytes an entry. From D = 256 on bound by memory (4.8 TB/s of an H200).
 #pragma once
 
-#include "lookup/chunk.cuh"
+#include "core/cuda/chunk.cuh"
 #include "lookup/embedding_bag_backward_cuda.h"
 
 namespace memkernels::lookup::cuda {

@@ -15,45 +15,41 @@
 // by memory.
 #pragma once
 
-#include "core/cuda/device.cuh"
+#include "core/cuda/chunk.cuh"
 #include "lookup/engram_gate_cuda.h"
 
 namespace memkernels::lookup::cuda {
-
-template <class T, int kCount>
-struct alignas(16) Columns {
-  T x[kCount];
-};
 
 // A thread's share of rows, some columns at a time; those behind the end of a row read as zero, and
 // are not written. kAligned changes no thread's share, and so no bits.
 template <class T, bool kAligned>
 struct GateRow {
   static constexpr int kCount = 16 / sizeof(T);
-  using Piece = Columns<T, kCount>;  // as it is loaded: nothing waits for it yet
+  using Piece = Chunk<T, kCount>;  // as it is loaded: nothing waits for it yet
 
   const GateParams& p;
   int64_t token;
   int channel;
 
   template <class X>
-  __device__ __forceinline__ Columns<X, kCount> load(const X* row, int first) const {
+  __device__ __forceinline__ Chunk<X, kCount> load(const X* row, int first) const {
     if constexpr (kAligned) {
-      return *reinterpret_cast<const Columns<X, kCount>*>(row + first);
+      return *reinterpret_cast<const Chunk<X, kCount>*>(row + first);
     } else {
-      Columns<X, kCount> columns;
+      Chunk<X, kCount> columns;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) columns.x[i] = first + i < p.dim ? row[first + i] : X{};
+      for (int i = 0; i < kCount; ++i)
+        columns.elements[i] = first + i < p.dim ? row[first + i] : X{};
       return columns;
     }
   }
   template <class X>
   __device__ __forceinline__ void store(const float (&x)[kCount], X* row, int first) const {
     if constexpr (kAligned) {
-      Columns<X, kCount> columns;
+      Chunk<X, kCount> columns;
 #pragma unroll
-      for (int i = 0; i < kCount; i += 2) store_pair(columns.x + i, x[i], x[i + 1]);
-      *reinterpret_cast<Columns<X, kCount>*>(row + first) = columns;
+      for (int i = 0; i < kCount; i += 2) store_pair(columns.elements + i, x[i], x[i + 1]);
+      *reinterpret_cast<Chunk<X, kCount>*>(row + first) = columns;
     } else {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
@@ -81,11 +77,11 @@ struct GateRow {
     if (p.wide_weight) {
       const auto columns = load(static_cast<const float*>(p.weight) + offset, first);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) x[i] = columns.x[i];
+      for (int i = 0; i < kCount; ++i) x[i] = columns.elements[i];
     } else {
       const auto columns = load(static_cast<const T*>(p.weight) + offset, first);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) x[i] = widen(columns.x[i]);
+      for (int i = 0; i < kCount; ++i) x[i] = widen(columns.elements[i]);
     }
   }
   __device__ __forceinline__ void write(const float (&x)[kCount], void* to, int first) const {
@@ -115,11 +111,12 @@ struct GateRow {
         weight(w, d);
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-          const float h = widen(x[ahead].x[i]), key = widen(y[ahead].x[i]);
+          const float h = widen(x[ahead].elements[i]), key = widen(y[ahead].elements[i]);
           sums[0] += h * h;
           sums[1] += key * key;
           sums[2] += h * key * w[i];
-          if constexpr (kSums > 3) sums[3] += widen(grads[ahead].x[i]) * widen(values[ahead].x[i]);
+          if constexpr (kSums > 3)
+            sums[3] += widen(grads[ahead].elements[i]) * widen(values[ahead].elements[i]);
         }
       }
     }
@@ -182,7 +179,7 @@ __global__ void __launch_bounds__(kGateThreads) gate(const GateParams p) {
     const auto value = row.v(d);
     float x[kCount];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] = gate * widen(value.x[i]);
+    for (int i = 0; i < kCount; ++i) x[i] = gate * widen(value.elements[i]);
     row.write(x, p.out, d);
   }
 }
@@ -231,9 +228,9 @@ __global__ void __launch_bounds__(kGateThreads, 3) gate_backward(const GateParam
         row.weight(w, d);
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-          dv[i] += widen(grad.x[i]) * closing.gate;
-          h[i] = widen(x.x[i]);
-          key[i] = widen(y.x[i]);
+          dv[i] += widen(grad.elements[i]) * closing.gate;
+          h[i] = widen(x.elements[i]);
+          key[i] = widen(y.elements[i]);
         }
         if (p.dhidden) {
 #pragma unroll
@@ -254,11 +251,11 @@ __global__ void __launch_bounds__(kGateThreads, 3) gate_backward(const GateParam
           float* const whole = p.parts + int64_t{blockIdx.x} * p.channels * p.dim + offset;
           float* const growing =
               p.parts_in_shared ? reinterpret_cast<float*>(closings + p.channels) + offset : whole;
-          Columns<float, kCount> sum{};
+          Chunk<float, kCount> sum{};
           if (t > begin) sum = row.load(growing, d);
 #pragma unroll
-          for (int i = 0; i < kCount; ++i) sum.x[i] += closing.factor * (h[i] * key[i]);
-          row.store(sum.x, t + 1 < end ? growing : whole, d);
+          for (int i = 0; i < kCount; ++i) sum.elements[i] += closing.factor * (h[i] * key[i]);
+          row.store(sum.elements, t + 1 < end ? growing : whole, d);
         }
       }
       if (p.dv) Row{p, t, 0}.store(dv, static_cast<T*>(p.dv) + t * p.dim, d);

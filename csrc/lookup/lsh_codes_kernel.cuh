@@ -9,15 +9,10 @@
 // instructions an element, 40 backward: about what an H200 issues while it moves one of bfloat16.
 #pragma once
 
-#include "core/cuda/device.cuh"
+#include "core/cuda/chunk.cuh"
 #include "lookup/lsh_codes_cuda.h"
 
 namespace memkernels::lookup::cuda {
-
-template <class T, int kCount>
-struct alignas(kCount * sizeof(T)) Bits {
-  T x[kCount];
-};
 
 template <class T, int kCount>
 struct CodeRow {
@@ -35,7 +30,7 @@ struct CodeRow {
     const T* const z = row<T>(p.z, p.z_strides);
 #pragma unroll 4
     for (int i = 0; i < p.bits; i += kCount) {
-      body(i, *reinterpret_cast<const Bits<T, kCount>*>(z + i));
+      body(i, *reinterpret_cast<const Chunk<T, kCount>*>(z + i));
     }
   }
 };
@@ -50,10 +45,10 @@ struct Firmness {
 
   template <class T, int kCount>
   __device__ __forceinline__ explicit Firmness(const CodeRow<T, kCount>& row) {
-    row.for_bits([&](int, const Bits<T, kCount>& z) {
+    row.for_bits([&](int, const Chunk<T, kCount>& z) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        const float x = widen(z.x[j]), e = decay(fabsf(x));
+        const float x = widen(z.elements[j]), e = decay(fabsf(x));
         sum += fabsf(x);
         excess += e + excess * e;
         code = 2 * code + (x >= 0.f);
@@ -82,16 +77,16 @@ __global__ void __launch_bounds__(kCodeThreads) lsh_codes_backward(const LshCode
   const Firmness firmness(row);
   const float factor = firmness.factor(), twice = 2.f * firmness.sum * factor;
   T* const dz = static_cast<T*>(p.dz) + index * p.bits;
-  row.for_bits([&](int i, const Bits<T, kCount>& z) {
-    Bits<T, kCount> grads;
+  row.for_bits([&](int i, const Chunk<T, kCount>& z) {
+    Chunk<T, kCount> grads;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      const float x = widen(z.x[j]), e = decay(fabsf(x));
+      const float x = widen(z.elements[j]), e = decay(fabsf(x));
       // NaN has no sign, and stays.
       const float sign = x > 0.f ? 1.f : x < 0.f ? -1.f : x * 0.f;
-      narrow(dscore * sign * (factor + twice * (e / (1.f + e))), grads.x[j]);
+      narrow(dscore * sign * (factor + twice * (e / (1.f + e))), grads.elements[j]);
     }
-    *reinterpret_cast<Bits<T, kCount>*>(dz + i) = grads;
+    *reinterpret_cast<Chunk<T, kCount>*>(dz + i) = grads;
   });
 }
 

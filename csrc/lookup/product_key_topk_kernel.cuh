@@ -15,18 +15,12 @@
 // 150 us are expected, and 30 us for the pairs. In float32 the products need some 200 us.
 #pragma once
 
+#include "core/cuda/chunk.cuh"
 #include "core/cuda/ranked_keys.cuh"
 #include "core/cuda/slices.cuh"
 #include "lookup/product_key_topk_cuda.h"
 
 namespace memkernels::lookup::cuda {
-
-struct alignas(8) TwoScores {
-  float x[2];
-};
-struct alignas(16) FourScores {
-  float x[4];
-};
 
 // Blocks: tiles of tokens, times stretches, times halves, times heads.
 template <class T>
@@ -120,22 +114,22 @@ __global__ void __launch_bounds__(kSearchThreads, kSearchBlocks)
       for (int b = 0; b < kBlocks; ++b) {
         const int column = 8 * (warp * kBlocks + b) + lane % 4 * 2;
         const float* const c = sums.c[i / 2][b] + i % 2 * 2;
-        *scores.element<TwoScores>(8 * i + lane / 4, column / 2) = {
+        *scores.element<Chunk<float, 2>>(8 * i + lane / 4, column / 2) = {
             column < used ? c[0] : -kInfinity, column + 1 < used ? c[1] : -kInfinity};
       }
     }
     __syncthreads();
     for (int row = warp; row < rows; row += kWarps) {
-      const FourScores scored = *reinterpret_cast<const FourScores*>(scores.chunk(row, lane));
+      const auto scored = *reinterpret_cast<const Chunk<float, 4>*>(scores.chunk(row, lane));
       // An equal score has a higher index than all before it.
       const float floor = floors[row];
       Key fresh[4];
       bool any = false;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const bool passes = scored.x[i] > floor;
+        const bool passes = scored.elements[i] > floor;
         any |= passes;
-        fresh[i] = passes ? key_of(scored.x[i], tile * kTileKeys + 4 * lane + i) : 0;
+        fresh[i] = passes ? key_of(scored.elements[i], tile * kTileKeys + 4 * lane + i) : 0;
       }
       if (!__any_sync(kWholeWarp, any)) continue;
       BestKeys best{lists + row * p.room, p.room, counts[row]};

@@ -8,7 +8,7 @@
 // by memory (4.8 TB/s of an H200).
 #pragma once
 
-#include "lookup/chunk.cuh"
+#include "core/cuda/chunk.cuh"
 #include "lookup/row_update_cuda.h"
 
 namespace memkernels::lookup::cuda {

@@ -5,9 +5,11 @@
 // in one that follows from the length of the list, so that no bit depends on who does the work.
 #pragma once
 
-#include "lookup/chunk.cuh"
+#include "core/cuda/chunk.cuh"
 
 namespace memkernels::lookup::cuda {
+
+using namespace memkernels::cuda;
 
 struct Table {
   const void* data;  // [N, columns]

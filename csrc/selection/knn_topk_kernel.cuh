@@ -15,6 +15,7 @@
 // in float32: blocks of other queries read the same tiles from L2.
 #pragma once
 
+#include "core/cuda/chunk.cuh"
 #include "core/cuda/slices.cuh"
 #include "selection/knn_topk_cuda.h"
 #include "selection/ranked_keys.cuh"
@@ -64,11 +65,6 @@ struct Place {
   }
 };
 
-template <class T>
-struct alignas(16) Chunk {
-  T elements[16 / sizeof(T)];
-};
-
 // The sum of squares over half a slice of a row.
 template <class T>
 __device__ __forceinline__ float square_of(const Tile& tile, int row, int half, int chunks) {
@@ -77,7 +73,7 @@ __device__ __forceinline__ float square_of(const Tile& tile, int row, int half, 
   for (int c = 0; c < kSliceBytes / 32; ++c) {
     const int column = kSliceBytes / 32 * half + c;
     if (column >= chunks) break;
-    const auto chunk = *reinterpret_cast<const Chunk<T>*>(tile.chunk(row, column));
+    const auto chunk = *reinterpret_cast<const Chunk<T, 16 / sizeof(T)>*>(tile.chunk(row, column));
     float sum = 0.f;
 #pragma unroll
     for (const T x : chunk.elements) sum += widen(x) * widen(x);

@@ -3,15 +3,10 @@
 // Cost: every key in use is read once, by 16 bytes a thread, many in flight: bound by memory.
 #pragma once
 
-#include "core/cuda/device.cuh"
+#include "core/cuda/chunk.cuh"
 #include "selection/summarize_keys_cuda.h"
 
 namespace memkernels::selection::cuda {
-
-template <class T, int kElements>
-struct alignas(kElements * sizeof(T)) Elements {
-  T x[kElements];
-};
 
 struct TablePages {
   int64_t length;      // of the sequence
@@ -68,10 +63,10 @@ __global__ void __launch_bounds__(kSummaryThreads, 1) summarize(const SummarizeP
     bool nan[kElements] = {};
 #pragma unroll 8
     for (int t = 0; t < tokens; ++t) {
-      const auto key = *reinterpret_cast<const Elements<T, kElements>*>(keys + t * p.token_stride);
+      const auto key = *reinterpret_cast<const Chunk<T, kElements>*>(keys + t * p.token_stride);
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
-        const float x = widen(key.x[e]);
+        const float x = widen(key.elements[e]);
         least[e] = t == 0 || x < least[e] ? x : least[e];
         most[e] = t == 0 || x > most[e] ? x : most[e];
         nan[e] |= x != x;

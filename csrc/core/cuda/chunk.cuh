@@ -3,9 +3,7 @@
 
 #include "core/cuda/device.cuh"
 
-namespace memkernels::lookup::cuda {
-
-using namespace memkernels::cuda;
+namespace memkernels::cuda {
 
 template <class T, int kElements>
 struct alignas(sizeof(T) * kElements < 16 ? sizeof(T) * kElements : 16) Chunk {
@@ -31,4 +29,4 @@ __device__ __forceinline__ void store(const float (&x)[kElements], T* to) {
   *reinterpret_cast<Chunk<T, kElements>*>(to) = chunk;
 }
 
-}  // namespace memkernels::lookup::cuda
+}  // namespace memkernels::cuda
