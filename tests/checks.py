@@ -84,14 +84,15 @@ def check(ops, op, arguments, slack=1):
     exact = getattr(reference, op)(**arrays(arguments))
     baseline = outcome(PLAIN, op, arguments)
     for each in zip(*(as_tuple(x) for x in (actual, exact, baseline)), strict=True):
-        check_result(*each, slack, rounding(op, arguments))
+        check_result(*each, slack, rounding(ops, op, arguments))
     return actual
 
 
-def rounding(op, arguments):
+def rounding(ops, op, arguments):
     """bfloat16 where an op's products take operands rounded to it, whatever its results are in."""
     tensors = floats(arguments).values()
-    if op in OF_PRODUCTS and _C.cpu_isa() == "avx512_bf16":
+    on_gpu = getattr(ops, "rounds_operands", False)
+    if op in OF_PRODUCTS and (on_gpu or _C.cpu_isa() == "avx512_bf16"):
         return next((t.dtype for t in tensors if t.dtype == torch.bfloat16), None)
     return None
 
@@ -188,7 +189,7 @@ def check_gradients(ops, op, arguments, slack=4):
     baseline = gradients(getattr(PLAIN, op), arguments)
     for name, grad in actual.items():
         assert grad.dtype == arguments[name].dtype
-        dtype = rounding(op, arguments) or grad.dtype.to_real()
+        dtype = rounding(ops, op, arguments) or grad.dtype.to_real()
         accuracy = {"dtype": dtype, "name": f"gradient of {name}", "slack": slack}
         assert_accurate(grad, exact[name], baseline[name], **accuracy)
     return actual

@@ -66,9 +66,9 @@ def kernels(request):
     return backend(request.param)
 
 
-@pytest.fixture(scope="session", params=["native", "fallback"])
+@pytest.fixture(scope="session", params=["native", "fallback", "cuda"])
 def scan_ops(request):
-    """The backends of the scan family, which has no CUDA kernels yet."""
+    """The backends of the scan family, whose fallback begins with the signature."""
     return checks.PLAIN if request.param == "fallback" else backend(request.param)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import memkernels
-from memkernels import _C, _library, attention, lookup, selection
+from memkernels import _C, _library, attention, lookup, scan, selection
 from tolerance import assert_same_bits
 
 SIMT = Path(__file__).parent / "simt"
@@ -33,13 +33,17 @@ OPS = (
     "summarize_keys", "update_summaries", "score_pages", "select_topk", "evict",
     "attention_colstats", "knn_topk", "indexer_scores", "product_key_topk", "embedding_bag",
     "embedding_bag_backward", "row_sgd", "row_adagrad", "row_adam", "ngram_hash", "engram_gate",
-    "lsh_codes", "sparse_ffn",
+    "lsh_codes", "sparse_ffn", "linear_attention", "delta_rule", "selective_scan", "diagonal_scan",
+    "causal_conv1d", "feature_map", "infini_update", "ssd", "route_tokens", "unroute_tokens",
+    "linear_attention_step", "delta_rule_step", "selective_scan_step", "causal_conv1d_step",
 )  # fmt: skip
 DIFFERENTIABLE = (
     "paged_attention", "gather_attention", "indexer_scores", "product_key_topk", "embedding_bag",
-    "engram_gate", "lsh_codes", "sparse_ffn",
+    "engram_gate", "lsh_codes", "sparse_ffn", "linear_attention", "delta_rule", "selective_scan",
+    "diagonal_scan", "causal_conv1d", "feature_map", "infini_update", "ssd", "route_tokens",
+    "unroute_tokens",
 )  # fmt: skip
-MODULES = attention, selection, lookup
+MODULES = attention, selection, lookup, scan
 ASYNC = {"eager": 0, "lazy": 1, "random": 2}
 
 
@@ -256,7 +260,7 @@ def run(op: str, *args, **kwargs):
     """An op with its CUDA kernel; what that lacks skips the test or example."""
     tensors = [x for x in [*args, *kwargs.values()] if isinstance(x, Tensor)]
     lacking = None
-    if any(x.dtype == torch.float64 for x in tensors):
+    if any(x.dtype in (torch.float64, torch.complex128) for x in tensors):
         lacking = "CUDA kernels have no float64"
     elif op not in DIFFERENTIABLE and _library.wants_gradient(*tensors):
         lacking = "autograd of this op is above what is tested here"
@@ -274,4 +278,4 @@ def namespace() -> SimpleNamespace:
         ops[op] = functools.partial(ops[op], return_lse=True)
         # Three products of tf32 keep 22 bits of a float32, which shows where values cancel.
         ops[op].slack = {torch.float32: 8}
-    return SimpleNamespace(**ops)
+    return SimpleNamespace(**ops, rounds_operands=True)

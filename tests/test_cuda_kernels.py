@@ -12,6 +12,7 @@ import torch
 import cuda_ops
 import memkernels
 import test_cuda_lookup
+import test_cuda_scan
 import test_cuda_selection
 from cases import attention_case, gather_case
 from cuda_ops import on_cuda
@@ -193,7 +194,7 @@ def every_kernel(**options):
     write(**options)
     check_unchecked(**options)
     run = functools.partial(options.pop("run", cuda_ops.on_host), **options)
-    for family in test_cuda_selection, test_cuda_lookup:
+    for family in test_cuda_selection, test_cuda_lookup, test_cuda_scan:
         cuda_ops.run_all(run, family.CASES, family.UNCHECKED)
     if "check" not in options:
         check_merge_backward(torch.ops.memkernels.merge_states_backward, torch.half, "cuda")

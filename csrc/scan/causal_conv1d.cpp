@@ -34,7 +34,7 @@ void check_state(const char* op, const char* arg, const TensorView& t, const Cau
   check_device(op, arg, t, a.x.device);
 }
 
-Sequences check_inputs(const char* op, const CausalConvArgs& a) {
+Sequences check_inputs(const char* op, const CausalConvArgs& a, const Context& ctx) {
   check_floating(op, "x", a.x);
   check_shape(op, "x", a.x, "[B, T, D]", {-1, -1, -1});
   check_rows_contiguous(op, "x", a.x);
@@ -42,6 +42,7 @@ Sequences check_inputs(const char* op, const CausalConvArgs& a) {
   check_weights(op, a.x, a.weight, a.bias, a.x.shape[2]);
   const Sequences sequences =
       make_sequences(op, a.cu_seqlens, a.x.shape[0], a.x.shape[1], a.x.device);
+  check_contents(op, sequences, ctx);
   check_state(op, "initial_state", a.initial_state, a, sequences.count);
   return sequences;
 }
@@ -96,7 +97,7 @@ int64_t conv_state_length(const char* op, const TensorView& weight, int64_t dila
 
 void causal_conv1d(const CausalConvArgs& a, const Context& ctx) {
   constexpr char op[] = "causal_conv1d";
-  const Sequences sequences = check_inputs(op, a);
+  const Sequences sequences = check_inputs(op, a, ctx);
   const int64_t channels = a.x.shape[2];
   if (channels == 0) return;
   const CausalConvKernel kernel = kernel_for(a);
@@ -127,7 +128,7 @@ void causal_conv1d(const CausalConvArgs& a, const Context& ctx) {
 
 void causal_conv1d_backward(const CausalConvArgs& a, const CausalConvGrads& g, const Context& ctx) {
   constexpr char op[] = "causal_conv1d_backward";
-  const Sequences sequences = check_inputs(op, a);
+  const Sequences sequences = check_inputs(op, a, ctx);
   const int64_t channels = a.x.shape[2], taps = a.weight.shape[1];
   check_shape(op, "dout", g.dout, "[B, T, D]", {a.x.shape[0], a.x.shape[1], channels});
   check_dtype(op, "dout", g.dout, a.x.dtype);
@@ -187,7 +188,7 @@ void causal_conv1d_step(const CausalConvStepArgs& a, const Context& ctx) {
   for (const auto& [arg, t] : {std::pair{"x", &a.x}, {"weight", &a.weight}, {"bias", &a.bias}}) {
     check_apart(op, "state", a.state, arg, *t);
   }
-  check_state_indices(op, a.state_indices, batch, slots, a.x.device);
+  check_state_indices(op, a.state_indices, batch, slots, ctx);
   std::vector<int64_t> places(batch);
   for (int64_t row = 0; row < batch; ++row) places[row] = slot_of(a.state_indices, row);
 

@@ -11,7 +11,7 @@ namespace memkernels::scan {
 
 namespace {
 
-Sequences check_arguments(const char* op, ChunkScanArgs& a) {
+Sequences check_arguments(const char* op, ChunkScanArgs& a, const Context& ctx) {
   check_floating(op, "q", a.q);
   check_shape(op, "q", a.q, "[B, T, H, K]", {-1, -1, -1, -1});
   const int64_t B = a.q.shape[0], T = a.q.shape[1], H = a.q.shape[2], K = a.q.shape[3];
@@ -54,6 +54,7 @@ Sequences check_arguments(const char* op, ChunkScanArgs& a) {
     check_rows_contiguous(op, arg, *t);
   }
   const Sequences sequences = make_sequences(op, a.cu_seqlens, B, T, a.q.device);
+  check_contents(op, sequences, ctx);
   const Dtype wide = accumulator(a.q.dtype);
   const int64_t N = sequences.count;
   if (given(a.initial_state)) {
@@ -77,7 +78,7 @@ double multiply_adds(const ChunkScanArgs& a) { return 2.0 * numel(a.v) * a.q.sha
 }  // namespace
 
 void chunk_scan(const char* op, ChunkScanArgs a, const Context& ctx) {
-  const Sequences sequences = check_arguments(op, a);
+  const Sequences sequences = check_arguments(op, a, ctx);
   const int64_t heads = a.v.shape[2], pairs = sequences.count * heads;
   if (pairs == 0) return;
   const ChunkScanKernel kernel = MEMKERNELS_CPU(isa_for(a.q.dtype), chunk_scan_kernel)(a.q.dtype);
@@ -98,7 +99,7 @@ void chunk_scan(const char* op, ChunkScanArgs a, const Context& ctx) {
 
 void chunk_scan_backward(const char* op, ChunkScanArgs a, const ChunkScanGrads& g,
                          const Context& ctx) {
-  const Sequences sequences = check_arguments(op, a);
+  const Sequences sequences = check_arguments(op, a, ctx);
   const int64_t heads = a.v.shape[2], pairs = sequences.count * heads;
   const int64_t* shape = a.v.shape;
   check_shape(op, "dout", g.dout, "[B, T, HV, V]", {shape[0], shape[1], shape[2], shape[3]});

@@ -44,7 +44,9 @@ struct Checks {
   }
 };
 
-void check_inputs(const Checks& checks, const char* arg, const DiagonalScanArgs& s) {
+void check_inputs(const Checks& checks, const char* arg, const DiagonalScanArgs& s,
+                  const Context& ctx) {
+  check_contents(checks.op, s.sequences, ctx);
   const TensorView& like = checks.like;
   check_floating(checks.op, arg, like);
   check(like.ndim == 3 || like.ndim == 4, checks.op, arg,
@@ -86,7 +88,7 @@ void for_pieces(const Checks& checks, const Context& ctx, const Body& body) {
 
 void diagonal_scan(const DiagonalScanArgs& s, const Context& ctx) {
   const Checks checks{"diagonal_scan", s.x, s.sequences.count};
-  check_inputs(checks, "x", s);
+  check_inputs(checks, "x", s, ctx);
   for_pieces(checks, ctx,
              [&](const DiagonalScanKernel& kernel, int64_t sequence, int64_t begin, int64_t end,
                  void* scratch) { kernel.forward(s, sequence, begin, end, scratch); });
@@ -95,7 +97,7 @@ void diagonal_scan(const DiagonalScanArgs& s, const Context& ctx) {
 void diagonal_scan_backward(const DiagonalScanArgs& s, const DiagonalScanGrads& g,
                             const Context& ctx) {
   const Checks checks{"diagonal_scan_backward", s.h, s.sequences.count};
-  check_inputs(checks, "h", s);
+  check_inputs(checks, "h", s, ctx);
   checks.of_tokens("dh", g.dh);
   checks.of_sequences("dstate", g.dstate);
   for_pieces(checks, ctx,

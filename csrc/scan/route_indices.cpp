@@ -10,7 +10,8 @@
 
 namespace memkernels::scan {
 
-void route_indices(const char* op, const RouteArgs& a) {
+void route_indices(const char* op, const RouteArgs& a, const Context& ctx) {
+  (void)ctx;
   constexpr char arg[] = "expert_ids";
   check_shape(op, arg, a.expert_ids, "[T, r]", {-1, -1});
   check_index(op, arg, a.expert_ids);

@@ -1,6 +1,7 @@
 // Tokens sorted by the memories they are sent to.
 #pragma once
 
+#include "core/context.h"
 #include "core/tensor.h"
 
 namespace memkernels::scan {
@@ -15,6 +16,6 @@ struct RouteArgs {
 };
 
 // On the calling thread: what costs is to move the rows.
-void route_indices(const char* op, const RouteArgs& args);
+void route_indices(const char* op, const RouteArgs& args, const Context& ctx);
 
 }  // namespace memkernels::scan

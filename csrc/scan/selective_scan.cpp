@@ -70,9 +70,10 @@ void check_state(const char* op, const char* arg, const TensorView& t, const Sel
   check_rows_contiguous(op, arg, t);
 }
 
-void check_scan(const char* op, const SelectiveScanArgs& a) {
+void check_scan(const char* op, const SelectiveScanArgs& a, const Context& ctx) {
   check_inputs(op, a, true);
   check_state(op, "initial_state", a.initial_state, a);
+  check_contents(op, a.sequences, ctx);
 }
 
 // The channels of each group, cut into blocks.
@@ -97,7 +98,7 @@ int workers_for(int64_t exponentials, const Context& ctx) {
 }  // namespace
 
 void selective_scan(const SelectiveScanArgs& a, const Context& ctx) {
-  check_scan("selective_scan", a);
+  check_scan("selective_scan", a, ctx);
   const int64_t tokens = a.u.shape[0] * a.u.shape[1], sequences = a.sequences.count;
   // Short sequences share a task, which lays out its part of A only once.
   constexpr int64_t kLeastTokens = 64;
@@ -121,7 +122,7 @@ void selective_scan(const SelectiveScanArgs& a, const Context& ctx) {
 void selective_scan_backward(const SelectiveScanArgs& a, const SelectiveScanGrads& g,
                              const Context& ctx) {
   constexpr char op[] = "selective_scan_backward";
-  check_scan(op, a);
+  check_scan(op, a, ctx);
   check_shape(op, "dout", g.dout, "[B, T, D]", {a.u.shape[0], a.u.shape[1], a.u.shape[2]});
   check_dtype(op, "dout", g.dout, a.u.dtype);
   check_device(op, "dout", g.dout, a.u.device);
@@ -212,7 +213,7 @@ void selective_scan_step(const SelectiveScanStepArgs& a, const Context& ctx) {
       {"u", &a.u}, {"delta", &a.delta}, {"A", &a.A}, {"B", &a.B},
       {"C", &a.C}, {"D", &a.D},         {"z", &a.z}, {"delta_bias", &a.delta_bias}};
   for (const auto& [arg, t] : inputs) check_apart(op, "state", a.state, arg, *t);
-  check_state_indices(op, a.state_indices, rows, slots, a.u.device);
+  check_state_indices(op, a.state_indices, rows, slots, ctx);
 
   const Blocks blocks(dim, a.B.shape[1]);
   constexpr int64_t kPerTask = 8;

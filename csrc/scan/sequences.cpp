@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "core/check.h"
+#include "core/cuda/host_copy.h"
 
 namespace memkernels::scan {
 
@@ -21,21 +22,33 @@ Sequences make_sequences(const char* op, const TensorView& cu_seqlens, int64_t b
   check_shape(op, arg, cu_seqlens, "[N + 1]", {-1});
   check(cu_seqlens.shape[0] >= 1, op, "cu_seqlens needs at least one entry");
   check(batch == 1, op, "cu_seqlens packs sequences into a batch of 1, got a batch of ", batch);
-  const int64_t count = cu_seqlens.shape[0] - 1, stride = cu_seqlens.stride[0];
+  const int64_t count = cu_seqlens.shape[0] - 1;
+  return {cu_seqlens, count, tokens};
+}
+
+void check_contents(const char* op, Sequences sequences, const Context& ctx) {
+  TensorView& cu_seqlens = sequences.cu_seqlens;
+  if (!given(cu_seqlens)) return;
+#ifdef MEMKERNELS_WITH_CUDA
+  HostCopies copies(op, ctx);
+  if (ctx.device.type == DeviceType::cuda) {
+    if (!ctx.check_indices) return;
+    copies.replace(cu_seqlens);
+  }
+#endif
   int64_t before = 0;
-  for (int64_t n = 0; n <= count; ++n) {
-    const int64_t at = index_at(cu_seqlens, n * stride);
+  for (int64_t n = 0; n <= sequences.count; ++n) {
+    const int64_t at = index_at(cu_seqlens, n * cu_seqlens.stride[0]);
     check(n > 0 || at == 0, op, "cu_seqlens must begin with 0, got ", at);
     check(at >= before, op, "cu_seqlens falls from ", before, " to ", at, " at ", n);
     before = at;
   }
-  check(before == tokens, op, "cu_seqlens ends with ", before, ", but there are ", tokens,
-        " tokens");
-  return {cu_seqlens, count, tokens};
+  check(before == sequences.tokens, op, "cu_seqlens ends with ", before, ", but there are ",
+        sequences.tokens, " tokens");
 }
 
-void check_state_indices(const char* op, const TensorView& state_indices, int64_t rows,
-                         int64_t slots, Device device) {
+void check_state_indices(const char* op, TensorView state_indices, int64_t rows, int64_t slots,
+                         const Context& ctx) {
   constexpr char arg[] = "state_indices";
   if (!given(state_indices)) {
     check(rows <= slots, op, "state has ", slots, " slots for ", rows,
@@ -43,8 +56,15 @@ void check_state_indices(const char* op, const TensorView& state_indices, int64_
     return;
   }
   check_index(op, arg, state_indices);
-  check_device(op, arg, state_indices, device);
+  check_device(op, arg, state_indices, ctx.device);
   check_shape(op, arg, state_indices, "[B]", {rows});
+#ifdef MEMKERNELS_WITH_CUDA
+  HostCopies copies(op, ctx);
+  if (ctx.device.type == DeviceType::cuda) {
+    if (!ctx.check_indices) return;
+    copies.replace(state_indices);
+  }
+#endif
   std::vector<bool> taken(slots);
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t slot = slot_of(state_indices, row);

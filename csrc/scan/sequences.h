@@ -1,6 +1,7 @@
 // The sequences of a scan: rows of a batch, or packed one after another.
 #pragma once
 
+#include "core/context.h"
 #include "core/tensor.h"
 
 namespace memkernels::scan {
@@ -15,14 +16,16 @@ struct Sequences {
   Span operator[](int64_t n) const;
 };
 
-// Checks cu_seqlens against the tensors' [B, T].
+// Those of tensors [B, T]. What cu_seqlens holds is not read.
 Sequences make_sequences(const char* op, const TensorView& cu_seqlens, int64_t batch,
                          int64_t tokens, Device device);
+// Checks what it holds; on CUDA if the context asks for it.
+void check_contents(const char* op, Sequences sequences, const Context& ctx);
 
 // Checks state_indices [rows], or absent, against a pool of that many slots: -1, or a slot, none
-// of them twice.
-void check_state_indices(const char* op, const TensorView& state_indices, int64_t rows,
-                         int64_t slots, Device device);
+// of them twice; on CUDA the slots themselves if the context asks for it.
+void check_state_indices(const char* op, TensorView state_indices, int64_t rows, int64_t slots,
+                         const Context& ctx);
 // The slot of a row, or -1.
 int64_t slot_of(const TensorView& state_indices, int64_t row);
 

@@ -34,7 +34,7 @@ void check_gate(const char* op, const StateStepArgs& a) {
   check_companion(op, "g", a.g, a.q.dtype);
 }
 
-void check_inputs(const char* op, const StateStepArgs& a) {
+void check_inputs(const char* op, const StateStepArgs& a, const Context& ctx) {
   check_floating(op, "q", a.q);
   check_shape(op, "q", a.q, "[B, H, K]", {-1, -1, -1});
   const int64_t batch = a.q.shape[0], query_heads = a.q.shape[1], keys = a.q.shape[2];
@@ -73,13 +73,13 @@ void check_inputs(const char* op, const StateStepArgs& a) {
     if (t != &a.z) check_apart(op, "z", a.z, arg, *t);
   }
   check_device(op, "state", a.state, a.q.device);
-  check_state_indices(op, a.state_indices, batch, a.state.shape[0], a.q.device);
+  check_state_indices(op, a.state_indices, batch, a.state.shape[0], ctx);
 }
 
 }  // namespace
 
 void state_step(const char* op, const StateStepArgs& a, const Context& ctx) {
-  check_inputs(op, a);
+  check_inputs(op, a, ctx);
   const int64_t batch = a.v.shape[0], values = a.v.shape[2];
   const int64_t heads = batch * a.v.shape[1];
   if (heads == 0 || values == 0) return;

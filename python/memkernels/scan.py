@@ -14,6 +14,7 @@ deterministic, to the bit, for any number of threads.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -622,17 +623,11 @@ def _check(ok: bool, op: str, message: str, got: Tensor | None = None) -> None:
 
 _ops = torch.ops.memkernels
 _linear_attention = _ops.linear_attention.default
-_linear_attention_backward = _ops.linear_attention_backward.default
 _delta_rule = _ops.delta_rule.default
-_delta_rule_backward = _ops.delta_rule_backward.default
 _selective_scan = _ops.selective_scan.default
-_selective_scan_backward = _ops.selective_scan_backward.default
 _diagonal_scan = _ops.diagonal_scan.default
-_diagonal_scan_backward = _ops.diagonal_scan_backward.default
 _causal_conv1d = _ops.causal_conv1d.default
-_causal_conv1d_backward = _ops.causal_conv1d_backward.default
 _feature_map = _ops.feature_map.default
-_feature_map_backward = _ops.feature_map_backward.default
 _route_indices = _ops.route_indices.default
 _linear_step = _ops.linear_attention_step.default
 _delta_step = _ops.delta_rule_step.default
@@ -851,29 +846,33 @@ def _chunk_gradients(grads, needs, inputs, gate):
     return _in_dtypes(grads, inputs)
 
 
-def _linear_gradient(ctx, dout, dstate, dz):
+def _linear_gradient(ops, ctx, dout, dstate, dz):
     inputs = ctx.saved_tensors
     needs = _needs(ctx)
     dout = torch.zeros_like(inputs[2]) if dout is None else dout.contiguous()
-    grads = _linear_attention_backward(
+    grads = ops.linear_attention_backward.default(
         dout, _dense(dstate), _dense(dz), *inputs, needs=needs, **ctx.options
     )
     return _chunk_gradients(grads, needs, inputs, gate=3)
 
 
-def _delta_gradient(ctx, dout, dstate):
+def _delta_gradient(ops, ctx, dout, dstate):
     inputs = ctx.saved_tensors
     needs = _needs(ctx)
     dout = torch.zeros_like(inputs[2]) if dout is None else dout.contiguous()
-    grads = _delta_rule_backward(dout, _dense(dstate), *inputs, needs=needs, **ctx.options)
+    grads = ops.delta_rule_backward.default(
+        dout, _dense(dstate), *inputs, needs=needs, **ctx.options
+    )
     return _chunk_gradients(grads, needs, inputs, gate=4)
 
 
-def _selective_gradient(ctx, dout, dstate):
+def _selective_gradient(ops, ctx, dout, dstate):
     inputs = ctx.saved_tensors
     needs = _needs(ctx)
     dout = torch.zeros_like(inputs[0]) if dout is None else dout.contiguous()
-    grads = _selective_scan_backward(dout, _dense(dstate), *inputs, needs=needs, **ctx.options)
+    grads = ops.selective_scan_backward.default(
+        dout, _dense(dstate), *inputs, needs=needs, **ctx.options
+    )
     return _asked(grads, needs, inputs)
 
 
@@ -883,40 +882,56 @@ def _diagonal_context(ctx, inputs, keyword_only_inputs, output):
     ctx.save_for_backward(a, output[0], initial_state, reset, cu_seqlens)
 
 
-def _diagonal_gradient(ctx, dh, dstate):
+def _diagonal_gradient(ops, ctx, dh, dstate):
     a, h, *rest = ctx.saved_tensors
     needs = _needs(ctx)
     dh = torch.zeros_like(h) if dh is None else dh.contiguous()
-    dx, da, dinitial = _diagonal_scan_backward(dh, _dense(dstate), a, h, *rest, needs=needs)
+    dx, da, dinitial = ops.diagonal_scan_backward.default(
+        dh, _dense(dstate), a, h, *rest, needs=needs
+    )
     if a.ndim < h.ndim and ctx.needs_input_grad[1]:
         da = da.sum(0).to(a.dtype)
     return _asked((dx, da, dinitial), needs, (None,) * 5)
 
 
-def _conv_gradient(ctx, dout, dstate):
+def _conv_gradient(ops, ctx, dout, dstate):
     inputs = ctx.saved_tensors
     needs = _needs(ctx)
     dout = torch.zeros_like(inputs[0]) if dout is None else dout.contiguous()
-    grads = _causal_conv1d_backward(dout, _dense(dstate), *inputs, needs=needs, **ctx.options)
+    grads = ops.causal_conv1d_backward.default(
+        dout, _dense(dstate), *inputs, needs=needs, **ctx.options
+    )
     return _in_dtypes(_asked(grads, needs, inputs), inputs)
 
 
-def _feature_gradient(ctx, dout):
+def _feature_gradient(ops, ctx, dout):
     if dout is None:
         return None
-    return _feature_map_backward(dout.contiguous(), *ctx.saved_tensors, **ctx.options)
+    return ops.feature_map_backward.default(dout.contiguous(), *ctx.saved_tensors, **ctx.options)
 
 
-for _op, _backward, _setup in (
-    (_linear_attention, _linear_gradient, _context),
-    (_delta_rule, _delta_gradient, _context),
-    (_selective_scan, _selective_gradient, _context),
-    (_diagonal_scan, _diagonal_gradient, _diagonal_context),
-    (_causal_conv1d, _conv_gradient, _context),
-    (_feature_map, _feature_gradient, _context),
-):
-    torch.library.register_autograd(_op._name, _backward, setup_context=_setup, lib=_lib)
-    _library.once_differentiable(_op._name.removeprefix("memkernels::"))
+def _register_autograd(namespace: str, lib) -> None:
+    ops = getattr(torch.ops, namespace)
+    for op, gradient, context in (
+        ("linear_attention", _linear_gradient, _context),
+        ("delta_rule", _delta_gradient, _context),
+        ("selective_scan", _selective_gradient, _context),
+        ("diagonal_scan", _diagonal_gradient, _diagonal_context),
+        ("causal_conv1d", _conv_gradient, _context),
+        ("feature_map", _feature_gradient, _context),
+    ):
+        gradient = functools.partial(gradient, ops)  # of the same namespace
+        torch.library.register_autograd(
+            f"{namespace}::{op}", gradient, setup_context=context, lib=lib
+        )
+
+
+_register_autograd("memkernels", _lib)
+for _op in (
+    "linear_attention", "delta_rule", "selective_scan", "diagonal_scan", "causal_conv1d",
+    "feature_map",
+):  # fmt: skip
+    _library.once_differentiable(_op)
 
 
 def _cast(t, dtype):

@@ -451,7 +451,7 @@ std::tuple<Tensor, Tensor, Tensor> route_indices(const Tensor& expert_ids, int64
   a.order = view(op, "order", order);
   a.cu_seqlens = view(op, "cu_seqlens", cu_seqlens);
   a.inverse = view(op, "inverse", inverse);
-  scan::route_indices(op, a);
+  scan::route_indices(op, a, OpContext(op, device));
   return {order, cu_seqlens, inverse};
 }
 
@@ -579,7 +579,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MEMKERNELS_NAMESPACE, m) {
       "Tensor? state_indices, *, int dilation, str activation) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) {
+template <class Library>
+static void implement(Library& m) {
   m.impl("linear_attention", TORCH_BOX(&linear_attention));
   m.impl("linear_attention_backward", TORCH_BOX(&linear_attention_backward));
   m.impl("delta_rule", TORCH_BOX(&delta_rule));
@@ -598,5 +599,11 @@ STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) {
   m.impl("linear_attention_step", TORCH_BOX(&linear_attention_step));
   m.impl("delta_rule_step", TORCH_BOX(&delta_rule_step));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CPU, m) { implement(m); }
+
+#if defined(MEMKERNELS_WITH_CUDA) && !defined(MEMKERNELS_SIMT)
+STABLE_TORCH_LIBRARY_IMPL(MEMKERNELS_NAMESPACE, CUDA, m) { implement(m); }
+#endif
 
 }  // namespace memkernels::binding
