@@ -89,12 +89,12 @@ def check(ops, op, arguments, slack=1):
 
 
 def rounding(ops, op, arguments):
-    """bfloat16 where an op's products take operands rounded to it, whatever its results are in."""
-    tensors = floats(arguments).values()
-    on_gpu = getattr(ops, "rounds_operands", False)
-    if op in OF_PRODUCTS and (on_gpu or _C.cpu_isa() == "avx512_bf16"):
-        return next((t.dtype for t in tensors if t.dtype == torch.bfloat16), None)
-    return None
+    """The dtype that an op's products take their operands rounded to, whatever its results are in;
+    None: they are not."""
+    rounded = getattr(ops, "ROUNDED", (torch.bfloat16,) * (_C.cpu_isa() == "avx512_bf16"))
+    if op not in OF_PRODUCTS:
+        return None
+    return next((t.dtype for t in floats(arguments).values() if t.dtype in rounded), None)
 
 
 def check_result(actual, exact, baseline, slack, dtype=None):

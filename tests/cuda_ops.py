@@ -278,4 +278,4 @@ def namespace() -> SimpleNamespace:
         ops[op] = functools.partial(ops[op], return_lse=True)
         # Three products of tf32 keep 22 bits of a float32, which shows where values cancel.
         ops[op].slack = {torch.float32: 8}
-    return SimpleNamespace(**ops, rounds_operands=True)
+    return SimpleNamespace(**ops, ROUNDED=(torch.bfloat16, torch.float16))

@@ -81,6 +81,9 @@ void chunk_scan(const char* op, ChunkScanArgs a, const Context& ctx) {
   const Sequences sequences = check_arguments(op, a, ctx);
   const int64_t heads = a.v.shape[2], pairs = sequences.count * heads;
   if (pairs == 0) return;
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) return cuda::chunk_scan(op, a, sequences, ctx);
+#endif
   const ChunkScanKernel kernel = MEMKERNELS_CPU(isa_for(a.q.dtype), chunk_scan_kernel)(a.q.dtype);
   const int64_t panels = (a.v.shape[3] + kernel.panel - 1) / kernel.panel;
   const int workers = attention::workers_for(ctx, multiply_adds(a));

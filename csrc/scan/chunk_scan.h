@@ -47,6 +47,12 @@ struct ChunkScanGrads {
 void chunk_scan_backward(const char* op, ChunkScanArgs args, const ChunkScanGrads& grads,
                          const Context& ctx);
 
+namespace cuda {
+// Arguments are those that the CPU's check has left.
+void chunk_scan(const char* op, const ChunkScanArgs& args, const Sequences& sequences,
+                const Context& ctx);
+}  // namespace cuda
+
 // A sequence of a value head.
 struct ChunkTask {
   int64_t sequence, head;

@@ -213,6 +213,56 @@ __device__ __forceinline__ void multiply_columns(Sums<kTiles, kBlocks>& sums,
   }
 }
 
+// Right operands of two blocks, rows [row, row + 16) of a tile, for the columns of a step.
+template <class T>
+__device__ __forceinline__ void load_two_rows(T, uint32_t (&b)[2][2], const Tile& tile, int row,
+                                              int step) {
+  const int lane = threadIdx.x % 32;
+  uint32_t r[4];
+  load_matrices_4(r, tile.chunk(row + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+  b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
+}
+__device__ __forceinline__ void load_two_rows(float, uint32_t (&b)[2][2], const Tile& tile, int row,
+                                              int step) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t* const pair =
+        tile.element<uint32_t>(row + 8 * i + lane / 4, 8 * step + lane % 4 * 2);
+    b[i][0] = pair[0], b[i][1] = pair[1];
+  }
+}
+
+// sums += X B^T: X the sums of another product, over its columns, of which the first `steps` times
+// 32 bytes of T count; B the rows of a tile from `row` on, and from step `first` on. kLower: B is
+// a lower triangle.
+template <class T, bool kLower = false, int kTiles, int kDepthBlocks, int kBlocks>
+__device__ __forceinline__ void multiply_transposed(Sums<kTiles, kBlocks>& sums,
+                                                    const Sums<kTiles, kDepthBlocks>& x,
+                                                    const Tile& b, int steps, int row = 0,
+                                                    int first = 0) {
+  static_assert(kBlocks % 2 == 0, "blocks of rows come in pairs");
+  constexpr int kDepth = 32 / sizeof(T);
+#pragma unroll
+  for (int step = 0; step < kDepthBlocks * 8 / kDepth; ++step) {
+    if (step >= steps) break;
+    uint32_t left[kTiles][4];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) to_operand(T(), left[tile], x.c[tile], step);
+#pragma unroll
+    for (int block = 0; block < kBlocks; block += 2) {
+      if (kLower && 8 * (block + 2) <= step * kDepth) continue;
+      uint32_t right[2][2];
+      load_two_rows(T(), right, b, row + 8 * block, first + step);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        multiply_add(T(), sums.c[tile][block], left[tile], right[0]);
+        multiply_add(T(), sums.c[tile][block + 1], left[tile], right[1]);
+      }
+    }
+  }
+}
+
 // Stores a thread's columns of one of its rows; `first` is the first column of the blocks.
 template <class T, int kBlocks>
 __device__ __forceinline__ void store_row(T* row, const float (&c)[kBlocks][4], int half,

@@ -1,0 +1,158 @@
+// What the tokens of a chunk have to do with one another, whatever the state and V; names as in
+// chunk_cpu.h, of whose products of decays this makes the same use.
+//
+// A block a chunk and value head, a warp for 16 rows of scores. Cost: 4 C K flops a token and head,
+// 8 with a decay of each channel.
+#pragma once
+
+#include "scan/chunk_kernel.cuh"
+
+namespace memkernels::scan::cuda {
+
+template <int kTokens>
+struct PrepareShape {
+  static constexpr int kThreads = 2 * kTokens;
+  static constexpr int kPitch = kTokens + 8;  // of squares, so that rows lie in different banks
+};
+
+// Bytes of shared memory.
+template <class T, int kTokens>
+int64_t prepare_bytes(const ChunkParams& p) {
+  return int64_t{2} * kTokens * pitch_of(p.keys * sizeof(T)) +
+         sizeof(float) * kTokens * (2 * PrepareShape<kTokens>::kPitch + 4);
+}
+
+// 1 / |x| of rows of a tile, or 1.
+template <class T, int kTokens>
+__device__ __forceinline__ void find_norms(float* norms, const Tile& tile, int dim, bool wanted) {
+  for (int i = threadIdx.x / 2; i < kTokens; i += blockDim.x / 2) {
+    float sum = 0.f;
+    for (int c = threadIdx.x % 2; wanted && c < dim; c += 2) {
+      const float x = widen(*tile.element<T>(i, c));
+      sum += x * x;
+    }
+    sum += __shfl_xor_sync(kWholeWarp, sum, 1);
+    if (threadIdx.x % 2 == 0) norms[i] = wanted ? 1.f / sqrtf(sum + 1e-6f) : 1.f;
+  }
+}
+
+// In place of blocks on the diagonal, the inverses of I minus them. A thread a column.
+template <int kTokens>
+__device__ __forceinline__ void invert_blocks(float* solve) {
+  constexpr int kPitch = PrepareShape<kTokens>::kPitch;
+  const int column = threadIdx.x;
+  float* const block = solve + column / kBlock * kBlock * (kPitch + 1);
+  float x[kBlock];
+  if (column < kTokens) {
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      x[i] = i == column % kBlock ? 1.f : 0.f;
+#pragma unroll
+      for (int j = 0; j < i; ++j) x[i] += block[i * kPitch + j] * x[j];
+    }
+  }
+  __syncthreads();
+  if (column >= kTokens) return;
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) block[i * kPitch + column % kBlock] = x[i];
+}
+
+// Scores, what is to be solved, factors and totals of one decay a token.
+template <class T, int kTokens>
+__global__ void __launch_bounds__(PrepareShape<kTokens>::kThreads, 1)
+    prepare_chunks(const ChunkParams p) {
+  constexpr int kPitch = PrepareShape<kTokens>::kPitch;
+  ChunkOf chunk;
+  if (!find_chunk<kTokens>(p, blockIdx.x / p.heads, chunk)) return;
+  const int head = blockIdx.x % p.heads, tid = threadIdx.x, lane = tid % 32;
+  const bool delta = p.beta.rows.data != nullptr;
+
+  char* const memory = shared_memory();
+  const int pitch = pitch_of(p.keys * sizeof(T));
+  const Tile q{memory, pitch}, k{memory + kTokens * pitch, pitch};
+  float* const mask = reinterpret_cast<float*>(k.data + kTokens * pitch);
+  float* const solve = mask + kTokens * kPitch;
+  float* const gate = solve + kTokens * kPitch;
+  float* const beta = gate + kTokens;
+  float* const q_norm = beta + kTokens;
+  float* const k_norm = q_norm + kTokens;
+  if (p.keys * sizeof(T) % 32 != 0) {
+    clear_memory(memory, 2 * kTokens * pitch);
+    __syncthreads();
+  }
+  copy_rows<T>(q, kTokens, chunk.count, row_at<T>(p.q, chunk.batch, chunk.begin, head / p.group),
+               p.q.token_stride, p.keys, p.qk_aligned);
+  copy_rows<T>(k, kTokens, chunk.count, row_at<T>(p.k, chunk.batch, chunk.begin, head / p.group),
+               p.k.token_stride, p.keys, p.qk_aligned);
+  commit_copies();
+  if (tid < kTokens) {
+    const bool inside = tid < chunk.count;
+    const bool decays = inside && p.g.rows.data;
+    gate[tid] = decays ? expf(gate_at<T>(p.g, chunk.batch, chunk.begin + tid, head)) : 1.f;
+    beta[tid] = inside && delta ? gate_at<T>(p.beta, chunk.batch, chunk.begin + tid, head) : 0.f;
+  }
+  wait_copies<0>();
+  __syncthreads();
+  find_norms<T, kTokens>(q_norm, q, p.keys, p.qk_l2norm);
+  find_norms<T, kTokens>(k_norm, k, p.keys, p.qk_l2norm);
+  if (tid < kTokens) {
+    float m = 1.f;
+    for (int i = tid; i < kTokens; ++i) {
+      if (i > tid) m *= gate[i];
+      mask[i * kPitch + tid] = m;
+    }
+  }
+  const int steps = (p.keys * static_cast<int>(sizeof(T)) + 31) / 32, first_row = tid / 32 * 16;
+  Sums<1, kTokens / 8> scores, keys;
+  scores.clear();
+  keys.clear();
+  multiply_rows<T>(scores, q, first_row, k, 0, steps);
+  if (delta) multiply_rows<T>(keys, k, first_row, k, 0, steps);
+  __syncthreads();
+
+  const int64_t unit = blockIdx.x;
+  T* const out = static_cast<T*>(p.prepared.scores) + unit * kTokens * kTokens;
+#pragma unroll
+  for (int block = 0; block < kTokens / 8; ++block) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = first_row + lane / 4 + 8 * half, j = 8 * block + lane % 4 * 2;
+      const float by_row = p.scale * q_norm[i];
+      float pair[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float m = mask[i * kPitch + j + e] * k_norm[j + e];
+        pair[e] = j + e <= i ? scores.c[0][block][2 * half + e] * m * by_row : 0.f;
+        const float key = -beta[i] * k_norm[i] * m * keys.c[0][block][2 * half + e];
+        if (delta) solve[i * kPitch + j + e] = j + e < i ? key : 0.f;
+      }
+      store_pair(out + i * kTokens + j, pair[0], pair[1]);
+    }
+  }
+  if (tid < kTokens) {
+    float* const factors = p.prepared.factors + unit * 4 * kTokens + tid;
+    const float before = mask[tid * kPitch] * gate[0];
+    factors[0] = p.scale * before * q_norm[tid];
+    factors[kTokens] = -beta[tid] * before * k_norm[tid];
+    factors[2 * kTokens] = mask[(kTokens - 1) * kPitch + tid] * k_norm[tid];
+    factors[3 * kTokens] = beta[tid];
+  }
+  T* const rows = static_cast<T*>(p.prepared.rows) + unit * 3 * kTokens * p.row;
+  for (int i = tid; p.prepared.rows && i < kTokens * p.row; i += blockDim.x) {
+    rows[i] = *q.element<T>(i / p.row, i % p.row);
+    rows[i + kTokens * p.row] = rows[i + 2 * kTokens * p.row] = *k.element<T>(i / p.row, i % p.row);
+  }
+  const float total = mask[(kTokens - 1) * kPitch] * gate[0];
+  for (int c = tid; c < p.key_row; c += blockDim.x) {
+    p.prepared.totals[unit * p.key_row + c] = total;
+  }
+  if (!delta) return;
+  __syncthreads();
+  invert_blocks<kTokens>(solve);
+  __syncthreads();
+  for (int i = tid; i < kTokens * kTokens; i += blockDim.x) {
+    p.prepared.solve[unit * kTokens * kTokens + i] = solve[i / kTokens * kPitch + i % kTokens];
+  }
+}
+
+}  // namespace memkernels::scan::cuda

@@ -1,0 +1,140 @@
+// From the arguments of the chunk engine to its kernels and their grids.
+#include "scan/chunk_scan_cuda.h"
+
+#include <algorithm>
+
+#include "scan/chunk_normalizer_kernel.cuh"
+#include "scan/chunk_prepare_kernel.cuh"
+#include "scan/chunk_walk_kernel.cuh"
+
+namespace memkernels::scan::cuda {
+
+namespace {
+
+TokenRows token_rows(const TensorView& t) {
+  return {t.data, t.stride[0], t.stride[1], t.stride[2]};
+}
+
+// [N, HV, K, V], or [N, HV, K].
+TokenRows state_rows(const TensorView& t) {
+  if (!given(t)) return {};
+  return {t.data, t.stride[0], t.stride[2], t.stride[1]};
+}
+
+bool aligned_to_16(const TensorView& t) {
+  const int64_t numbers = t.stride[0] | t.stride[1] | t.stride[2] | t.shape[3];
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && numbers * item_size(t.dtype) % 16 == 0;
+}
+
+// Calls run(T, integral constant of what K is rounded up to).
+template <class Run>
+void with_shape(Dtype dtype, int64_t keys, const Run& run) {
+  with_type(dtype, [&](auto type) {
+    if (keys <= 64) {
+      run(type, std::integral_constant<int, 64>());
+    } else if (keys <= 128) {
+      run(type, std::integral_constant<int, 128>());
+    } else {
+      run(type, std::integral_constant<int, kMostKeys>());
+    }
+  });
+}
+
+}  // namespace
+
+ChunkParams prepare(const char* op, const ChunkScanArgs& a, const Sequences& sequences,
+                    const Context& ctx) {
+  check_supported(op, "q", a.q);
+  const int64_t keys = a.q.shape[3], size = item_size(a.q.dtype);
+  check(keys <= kMostKeys, op, "q has rows of K = ", keys, "; on CUDA there may be ", kMostKeys);
+  ChunkParams p{};
+  p.q = token_rows(a.q);
+  p.k = token_rows(a.k);
+  p.v = token_rows(a.v);
+  if (given(a.beta)) p.beta = {token_rows(a.beta), a.beta.dtype == Dtype::f32};
+  if (given(a.g)) p.g = {token_rows(a.g), a.g.dtype == Dtype::f32};
+  p.channels = given(a.g) && a.g.ndim == 4;
+  p.qk_l2norm = a.qk_l2norm;
+  p.scale = static_cast<float>(a.scale);
+  p.sequences = sequence_params(sequences);
+  p.heads = as_int(op, "heads of v", a.v.shape[2]);
+  p.group = static_cast<int>(a.v.shape[2] / a.q.shape[2]);
+  p.keys = static_cast<int>(keys);
+  p.values = as_int(op, "columns of v", a.v.shape[3]);
+  p.row = static_cast<int>(ceil_div(keys * size, 16) * 16 / size);
+  p.key_row = static_cast<int>(ceil_div(keys, 4) * 4);
+  p.qk_aligned = aligned_to_16(a.q) && aligned_to_16(a.k);
+  p.v_aligned = aligned_to_16(a.v);
+  with_shape(a.q.dtype, keys, [&](auto type, auto dim) {
+    using T = decltype(type);
+    constexpr int kTokens = chunk_tokens(sizeof(T), dim);
+    p.chunks_of_row = ceil_div(sequences.tokens, kTokens);
+    p.num_chunks = given(a.cu_seqlens) ? sequences.tokens / kTokens + sequences.count + 1
+                                       : sequences.count * p.chunks_of_row;
+    const int64_t units = p.num_chunks * p.heads;
+    const auto allocate = [&](int64_t bytes) { return ctx.allocate(ctx, units * bytes); };
+    p.prepared.scores = allocate(kTokens * kTokens * sizeof(T));
+    p.prepared.factors = static_cast<float*>(allocate(4 * kTokens * sizeof(float)));
+    p.prepared.totals = static_cast<float*>(allocate(p.key_row * sizeof(float)));
+    if (given(a.beta)) {
+      p.prepared.solve = static_cast<float*>(allocate(kTokens * kTokens * sizeof(float)));
+    }
+    if (p.channels || !p.qk_aligned) {
+      p.prepared.rows = allocate(3 * kTokens * p.row * sizeof(T));
+    }
+    launch(op, ctx, prepare_chunks<T, kTokens>, units, PrepareShape<kTokens>::kThreads,
+           prepare_bytes<T, kTokens>(p), p);
+  });
+  return p;
+}
+
+void walk(const char* op, WalkParams& p, Dtype dtype, const Context& ctx) {
+  const ChunkParams& c = p.c;
+  const Limits limits = limits_of(op, ctx.device);
+  const int64_t pairs = c.sequences.count * c.heads;
+  const auto blocks_of = [&](int warps) {
+    return static_cast<int>(ceil_div(c.values, warps * kWarpValues));
+  };
+  int warps = kWalkWarps;
+  while (warps > 1 && blocks_of(warps / 2) == 1) warps /= 2;
+  while (warps > 1 && pairs * blocks_of(warps) * 2 <= limits.multiprocessors) warps /= 2;
+  p.value_blocks = blocks_of(warps);
+  with_shape(dtype, c.keys, [&](auto type, auto dim) {
+    using T = decltype(type);
+    const int64_t stage = ChunkTiles<T, dim>(nullptr, c, warps).bytes;
+    p.stages = 2 * stage <= limits.of_block ? 2 : 1;
+    launch(op, ctx, walk_chunks<T, dim>, pairs * p.value_blocks, 32 * warps, p.stages * stage, p);
+  });
+}
+
+const float* normalizers(const char* op, const ChunkScanArgs& a, const ChunkParams& c,
+                         const Context& ctx) {
+  NormalizerParams p{};
+  p.c = c;
+  p.initial_z = state_rows(a.initial_z);
+  p.z = static_cast<float*>(a.z.data);
+  p.eps = static_cast<float>(a.eps);
+  with_shape(a.q.dtype, c.keys, [&](auto type, auto dim) {
+    using T = decltype(type);
+    constexpr int kTokens = chunk_tokens(sizeof(T), dim);
+    p.inverse =
+        static_cast<float*>(ctx.allocate(ctx, c.num_chunks * c.heads * kTokens * sizeof(float)));
+    launch(op, ctx, find_normalizers<T, kTokens>, c.sequences.count * c.heads, kNormalizerThreads,
+           kNormalizerThreads * sizeof(float), p);
+  });
+  return p.inverse;
+}
+
+void chunk_scan(const char* op, const ChunkScanArgs& a, const Sequences& sequences,
+                const Context& ctx) {
+  const DeviceGuard guard(op, ctx.device);
+  WalkParams p{};
+  p.c = prepare(op, a, sequences, ctx);
+  if (a.normalize) p.inverse = normalizers(op, a, p.c, ctx);
+  p.initial_state = state_rows(a.initial_state);
+  p.state = static_cast<float*>(a.state.data);
+  p.out = a.out.data;
+  walk(op, p, a.q.dtype, ctx);
+}
+
+}  // namespace memkernels::scan::cuda

@@ -1,0 +1,103 @@
+// What the CUDA kernels of the chunk engine read and leave to one another.
+#pragma once
+
+#include "core/cuda/launch.h"
+#include "scan/chunk_scan.h"
+#include "scan/sequences.cuh"
+
+namespace memkernels::scan::cuda {
+
+inline constexpr int kBlock = 16;  // tokens: a tile of a matrix product
+inline constexpr int kMostKeys = 256;
+
+// Tokens of a chunk, for rows of up to `dim` elements of that size: 16 KiB of rows.
+constexpr int chunk_tokens(int element, int dim) {
+  return 16384 / (element * dim) < 64 ? 16384 / (element * dim) : 64;
+}
+
+// Rows [B, T, heads, dim] in memory.
+struct TokenRows {
+  const void* data;
+  int64_t batch_stride, token_stride, head_stride;
+};
+
+// A gate [B, T, HV] or [B, T, HV, K]; absent: no data.
+struct Gate {
+  TokenRows rows;
+  bool is_float;
+};
+
+// Chunks are numbered so that those of a sequence follow one another; a few numbers are nobody's.
+// Of chunk c and value head h, element c * heads + h:
+struct Prepared {
+  void* scores;    // T [tokens][tokens] of a chunk, zeros above the diagonal
+  float* solve;    // [tokens][tokens]: -beta keys below the diagonal; within blocks, what I minus
+                   // that is the inverse of; or absent: linear attention
+  float* factors;  // [4][tokens] of what q reads, k erases and writes; beta
+  float* totals;   // [key_row] what the state decays by
+  void* rows;      // T [3][tokens][row]: q as it reads, k as it erases and writes; or absent: q and
+                   // k themselves
+};
+
+struct ChunkParams {
+  TokenRows q, k, v;
+  Gate beta, g;
+  bool channels;  // a decay of each channel
+  bool qk_l2norm;
+  float scale;
+  SequenceParams sequences;
+  int64_t num_chunks;          // numbers of chunks
+  int64_t chunks_of_row;       // of a row of the batch; without cu_seqlens
+  int heads, group;            // value heads, and how many share a head of q
+  int keys, values;            // K, V
+  int row, key_row;            // K, rounded up to 16 bytes of T and of float
+  bool qk_aligned, v_aligned;  // to 16 bytes
+  Prepared prepared;
+};
+
+struct WalkParams {
+  ChunkParams c;
+  int value_blocks, stages;
+  TokenRows initial_state;  // [N, HV, K, V] by strides of N, K, HV; or absent
+  float* state;             // [N, HV, K, V], or absent
+  const float* inverse;     // [chunk, head][tokens] of the normaliser, or absent
+  void* out;                // T [B, T, HV, V], or absent:
+  void *us, *states;        // T [B, T, HV, V] what tokens write; T [chunk, head][V][row] S before
+};
+
+struct NormalizerParams {
+  ChunkParams c;
+  TokenRows initial_z;  // [N, HV, K] by strides of N, -, HV; or absent
+  float* z;             // [N, HV, K], or absent
+  float eps;
+  float* inverse;  // [chunk, head][tokens]
+};
+
+// What the gradients of a chunk's tokens are made of, all chunks at once.
+struct ChunkGradParams {
+  ChunkParams c;
+  const void* dout;      // T [B, T, HV, V]
+  const void *us, *dus;  // T [B, T, HV, V] what tokens write, U; and dR: the gradient of U before
+                         // it was solved
+  const void* states;   // T [chunk, head][V][row] S before the chunk, and
+  const void* dstates;  // the gradient of S after it
+  // With a normaliser:
+  const float* inverse;       // [chunk, head][tokens]
+  const float* dnormalizers;  // [chunk, head][tokens] its gradient, and
+  const float *zs, *dzs;  // [chunk, head][key_row] z before the chunk, the gradient of z after it
+  // Written, contiguous; or absent.
+  void *dq, *dk;  // [B, T, HV, K] of T, or float if dqk_is_float
+  float* dbeta;   // [B, T, HV]
+  float* dg;      // [B, T, HV] or [B, T, HV, K]
+  bool dqk_is_float;
+};
+
+// Computes p.prepared.
+ChunkParams prepare(const char* op, const ChunkScanArgs& a, const Sequences& sequences,
+                    const Context& ctx);
+// Also the final z, if args have one.
+const float* normalizers(const char* op, const ChunkScanArgs& a, const ChunkParams& c,
+                         const Context& ctx);
+void walk(const char* op, WalkParams& p, Dtype dtype, const Context& ctx);
+
+}  // namespace memkernels::scan::cuda

@@ -1,0 +1,286 @@
+// Chunks of tokens, one after the other, names as in chunk_cpu.h:
+//   U = beta V - (beta k before) S, solved (delta rule; else U = V)
+//   O = (scale q before) S + scores U
+//   S = total S + (k after)^T U
+// A warp has 16 columns of V, and everything transposed: S^T stays in its registers as sums of
+// products, and is their left operand, as U^T is; what its chunk's tokens share lies in tiles. So
+// warps need nothing from one another, and no bit depends on how V is cut.
+//
+// Cost: 6 K V + 4 C V flops a token and head, with the delta rule 2 K V + 3 C V more: bound by
+// mma.sync. q, k, v are read and O is written once, q and k once for each block of columns; beside
+// them 2 C + 4 C bytes a token and head of scores and of what is to be solved.
+#pragma once
+
+#include "scan/chunk_kernel.cuh"
+
+namespace memkernels::scan::cuda {
+
+inline constexpr int kWalkWarps = 8;  // at most
+inline constexpr int kWarpValues = 16;
+
+// The tiles of a chunk.
+template <class T, int kDim>
+struct ChunkTiles {
+  static constexpr int kTokens = chunk_tokens(sizeof(T), kDim);
+
+  Tile reads, erases, writes, v, scores, solve;
+  float *factors, *totals;
+  int bytes;
+
+  // warps: of the block.
+  __host__ __device__ __forceinline__ ChunkTiles(char* memory, const ChunkParams& p, int warps) {
+    bytes = 0;
+    const auto take = [&](int count) {
+      char* const data = memory + bytes;
+      bytes += count;
+      return data;
+    };
+    const auto tile = [&](int64_t row_bytes) {
+      const int pitch = pitch_of(row_bytes);
+      return Tile{take(kTokens * pitch), pitch};
+    };
+    reads = tile(p.keys * sizeof(T));
+    writes = tile(p.keys * sizeof(T));
+    erases = p.prepared.rows && p.prepared.solve ? tile(p.keys * sizeof(T)) : writes;
+    v = tile(warps * kWarpValues * sizeof(T));
+    scores = tile(kTokens * sizeof(T));
+    solve = p.prepared.solve ? tile(kTokens * sizeof(float)) : Tile{nullptr, 0};
+    factors = reinterpret_cast<float*>(take(4 * kTokens * sizeof(float)));
+    totals = reinterpret_cast<float*>(take(pitch_of(p.key_row * sizeof(float))));
+  }
+
+  // Starts copying a chunk's, and its columns of V from `first` on.
+  __device__ __forceinline__ void start(const ChunkParams& p, int64_t number, const ChunkOf& chunk,
+                                        int head, int first, int values) const {
+    const int64_t unit = number * p.heads + head;
+    if (p.prepared.rows) {
+      const int64_t size = int64_t{kTokens} * p.row;
+      const T* const rows = static_cast<const T*>(p.prepared.rows) + unit * 3 * size;
+      copy_rows<T>(reads, kTokens, kTokens, rows, p.row, p.row, true);
+      if (p.prepared.solve) copy_rows<T>(erases, kTokens, kTokens, rows + size, p.row, p.row, true);
+      copy_rows<T>(writes, kTokens, kTokens, rows + 2 * size, p.row, p.row, true);
+    } else {
+      const int shared = head / p.group;
+      copy_rows<T>(reads, kTokens, chunk.count, row_at<T>(p.q, chunk.batch, chunk.begin, shared),
+                   p.q.token_stride, p.keys, true);
+      copy_rows<T>(writes, kTokens, chunk.count, row_at<T>(p.k, chunk.batch, chunk.begin, shared),
+                   p.k.token_stride, p.keys, true);
+    }
+    copy_rows<T>(v, kTokens, chunk.count, row_at<T>(p.v, chunk.batch, chunk.begin, head) + first,
+                 p.v.token_stride, values, p.v_aligned);
+    constexpr int kSquare = kTokens * kTokens;
+    copy_rows<T>(scores, kTokens, kTokens,
+                 static_cast<const T*>(p.prepared.scores) + unit * kSquare, kTokens, kTokens, true);
+    if (p.prepared.solve) {
+      copy_rows<float>(solve, kTokens, kTokens, p.prepared.solve + unit * kSquare, kTokens, kTokens,
+                       true);
+    }
+    copy_floats(factors, p.prepared.factors + unit * 4 * kTokens, 4 * kTokens);
+    copy_floats(totals, p.prepared.totals + unit * p.key_row, p.key_row);
+  }
+
+ private:
+  __device__ __forceinline__ static void copy_floats(float* to, const float* from, int count) {
+    for (int i = 4 * threadIdx.x; i < count; i += 4 * blockDim.x) copy_async_16(to + i, from + i);
+  }
+};
+
+// Rows of a tile as columns of sums: 16 columns of theirs from `first` on as rows.
+template <class T, int kBlocks>
+__device__ __forceinline__ void load_columns(T, Sums<1, kBlocks>& sums, const Tile& tile,
+                                             int first) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int block = 0; block < kBlocks; block += 2) {
+    uint32_t r[4];
+    load_matrices_4_transposed(
+        r, tile.chunk(8 * block + lane % 8 + lane / 16 * 8, first / 8 + lane / 8 % 2));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float* const c = sums.c[0][block + i / 2] + i % 2 * 2;
+      c[0] = widen(T{static_cast<uint16_t>(r[i] & 0xffff)});
+      c[1] = widen(T{static_cast<uint16_t>(r[i] >> 16)});
+    }
+  }
+}
+template <int kBlocks>
+__device__ __forceinline__ void load_columns(float, Sums<1, kBlocks>& sums, const Tile& tile,
+                                             int first) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      sums.c[0][block][e] =
+          *tile.element<float>(8 * block + lane % 4 * 2 + e % 2, first + lane / 4 + e / 2 * 8);
+    }
+  }
+}
+
+// Multiplies columns by factors of theirs.
+template <int kBlocks>
+__device__ __forceinline__ void scale_columns(Sums<1, kBlocks>& sums, const float* factors) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sums.c[0][block][e] *= factors[8 * block + lane % 4 * 2 + e % 2];
+  }
+}
+
+// Solves X (I - L)^T = C in place, L as Prepared::solve has it.
+template <int kBlocks>
+__device__ __forceinline__ void solve_columns(Sums<1, kBlocks>& x, const Tile& solve) {
+#pragma unroll
+  for (int block = 0; block < kBlocks; block += 2) {
+    Sums<1, 2> c, solved;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) c.c[0][e / 4][e % 4] = x.c[0][block + e / 4][e % 4];
+    multiply_transposed<float>(c, x, solve, block, 8 * block);
+    solved.clear();
+    multiply_transposed<float>(solved, c, solve, 2, 8 * block, block);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x.c[0][block + e / 4][e % 4] = solved.c[0][e / 4][e % 4];
+  }
+}
+
+// S^T of 16 columns of V, [K][V] in memory; zeros beyond.
+template <int kBlocks>
+__device__ __forceinline__ void load_state(Sums<1, kBlocks>& state, const float* from,
+                                           int64_t key_stride, int keys, int values) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int key = 8 * block + lane % 4 * 2 + e % 2, value = lane / 4 + e / 2 * 8;
+      const bool inside = from != nullptr && key < keys && value < values;
+      state.c[0][block][e] = inside ? from[key * key_stride + value] : 0.f;
+    }
+  }
+}
+
+// Calls body(key, value, element) for those that exist.
+template <int kBlocks, class Body>
+__device__ __forceinline__ void for_state(Sums<1, kBlocks>& state, int keys, int values,
+                                          const Body& body) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int key = 8 * block + lane % 4 * 2 + e % 2, value = lane / 4 + e / 2 * 8;
+      if (key < keys && value < values) body(key, value, state.c[0][block][e]);
+    }
+  }
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(32 * kWalkWarps, 1) walk_chunks(const WalkParams p) {
+  using Tiles = ChunkTiles<T, kDim>;
+  constexpr int kTokens = Tiles::kTokens, kDepth = 32 / sizeof(T);
+  const ChunkParams& c = p.c;
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32, warp = threadIdx.x / 32;
+  const int first = static_cast<int>(blockIdx.x % p.value_blocks) * warps * kWarpValues;
+  const int head = static_cast<int>(blockIdx.x / p.value_blocks % c.heads);
+  const int64_t n = blockIdx.x / p.value_blocks / c.heads;
+  const Span span = span_of(c.sequences, n);
+  const int64_t first_number = first_chunk<kTokens>(c, n);
+  const int64_t chunks = (span.end - span.begin + kTokens - 1) / kTokens;
+  const int block_values =
+      c.values - first < warps * kWarpValues ? c.values - first : warps * kWarpValues;
+  const int column = warp * kWarpValues, values = c.values - first - column;  // the warp's
+  const int steps = (c.keys + kDepth - 1) / kDepth;
+
+  char* const memory = shared_memory();
+  const int stage_bytes = Tiles(memory, c, warps).bytes;
+  clear_memory(memory, p.stages * stage_bytes);
+  __syncthreads();
+  const auto tiles_of = [&](int64_t i) {
+    return Tiles(memory + i % p.stages * stage_bytes, c, warps);
+  };
+  const auto chunk_at = [&](int64_t i) {
+    const int64_t begin = span.begin + i * kTokens;
+    return ChunkOf{n, span.batch, begin, static_cast<int>(clamp(span.end - begin, 0, kTokens))};
+  };
+  const auto start = [&](int64_t i) {
+    if (i < chunks) {
+      tiles_of(i).start(c, first_number + i, chunk_at(i), head, first, block_values);
+    }
+    commit_copies();
+  };
+
+  Sums<1, kDim / 8> state;
+  {
+    const TokenRows& from = p.initial_state;
+    const float* const data =
+        from.data ? row_at<float>(from, n, 0, head) + first + column : nullptr;
+    load_state(state, data, from.token_stride, c.keys, values);
+  }
+  if (p.stages > 1) start(0);
+  for (int64_t i = 0; i < chunks; ++i) {
+    start(i + p.stages - 1);
+    p.stages > 1 ? wait_copies<1>() : wait_copies<0>();
+    __syncthreads();
+    const Tiles tiles = tiles_of(i);
+    const ChunkOf chunk = chunk_at(i);
+    const int64_t unit = (first_number + i) * c.heads + head;
+
+    if (p.states) {
+      T* const to = static_cast<T*>(p.states) + (unit * c.values + first + column) * c.row;
+      for_state(state, c.row, values,
+                [&](int key, int value, float x) { narrow(x, to[int64_t{value} * c.row + key]); });
+    }
+    Sums<1, kTokens / 8> u;
+    load_columns(T(), u, tiles.v, column);
+    if (c.prepared.solve) {
+      Sums<1, kTokens / 8> erased;
+      erased.clear();
+      multiply_transposed<T>(erased, state, tiles.erases, steps);
+      scale_columns(erased, tiles.factors + kTokens);
+      scale_columns(u, tiles.factors + 3 * kTokens);
+#pragma unroll
+      for (int e = 0; e < kTokens / 2; ++e) u.c[0][e / 4][e % 4] += erased.c[0][e / 4][e % 4];
+      solve_columns(u, tiles.solve);
+    }
+    const auto store_columns = [&](const Sums<1, kTokens / 8>& x, void* data,
+                                   const float* factors) {
+      T* const to = static_cast<T*>(data) +
+                    ((chunk.batch * c.sequences.tokens + chunk.begin) * c.heads + head) * c.values +
+                    first + column;
+#pragma unroll
+      for (int e = 0; e < kTokens / 2; ++e) {
+        const int token = e / 4 * 8 + lane % 4 * 2 + e % 2, value = lane / 4 + e / 2 % 2 * 8;
+        if (token >= chunk.count || value >= values) continue;
+        const float factor = factors ? factors[token] : 1.f;
+        narrow(x.c[0][e / 4][e % 4] * factor, to[token * (int64_t{c.heads} * c.values) + value]);
+      }
+    };
+    if (p.us) store_columns(u, p.us, nullptr);
+    if (p.out) {
+      Sums<1, kTokens / 8> out;
+      out.clear();
+      multiply_transposed<T>(out, state, tiles.reads, steps);
+      scale_columns(out, tiles.factors);
+      multiply_transposed<T, true>(out, u, tiles.scores, kTokens / kDepth);
+      store_columns(out, p.out, p.inverse ? p.inverse + unit * kTokens : nullptr);
+    }
+#pragma unroll
+    for (int block = 0; block < kDim / 8; ++block) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int key = 8 * block + lane % 4 * 2 + e % 2;
+        if (key < c.key_row) state.c[0][block][e] *= tiles.totals[key];
+      }
+    }
+    scale_columns(u, tiles.factors + 2 * kTokens);
+    multiply_columns<T>(state, u, tiles.writes, 0, 0, c.keys);
+    __syncthreads();
+  }
+  if (!p.state) return;
+  float* const to = p.state + (n * c.heads + head) * c.keys * int64_t{c.values} + first + column;
+  for_state(state, c.keys, values,
+            [&](int key, int value, float x) { to[int64_t{key} * c.values + value] = x; });
+}
+
+}  // namespace memkernels::scan::cuda
