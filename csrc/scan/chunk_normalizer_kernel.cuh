@@ -35,7 +35,11 @@ __global__ void __launch_bounds__(kNormalizerThreads, 1)
     };
     z[tid] = own;
     __syncthreads();
-    for (int i = tid / 32; i < count; i += kNormalizerThreads / 32) {
+    for (int i = tid / 32; i < kTokens; i += kNormalizerThreads / 32) {
+      if (i >= count) {
+        if (lane == 0) p.inverse[unit * kTokens + i] = 0.f;
+        continue;
+      }
       const T* const q = row_of(c.q, 0, i);
       float read = 0.f, scores = 0.f;
       for (int k = lane; k < c.keys; k += 32) read += widen(q[k]) * z[k];

@@ -51,6 +51,8 @@ namespace cuda {
 // Arguments are those that the CPU's check has left.
 void chunk_scan(const char* op, const ChunkScanArgs& args, const Sequences& sequences,
                 const Context& ctx);
+void chunk_scan_backward(const char* op, const ChunkScanArgs& args, const ChunkScanGrads& grads,
+                         const Sequences& sequences, const Context& ctx);
 }  // namespace cuda
 
 // A sequence of a value head.

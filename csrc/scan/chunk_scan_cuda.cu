@@ -11,21 +11,6 @@ namespace memkernels::scan::cuda {
 
 namespace {
 
-TokenRows token_rows(const TensorView& t) {
-  return {t.data, t.stride[0], t.stride[1], t.stride[2]};
-}
-
-// [N, HV, K, V], or [N, HV, K].
-TokenRows state_rows(const TensorView& t) {
-  if (!given(t)) return {};
-  return {t.data, t.stride[0], t.stride[2], t.stride[1]};
-}
-
-bool aligned_to_16(const TensorView& t) {
-  const int64_t numbers = t.stride[0] | t.stride[1] | t.stride[2] | t.shape[3];
-  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && numbers * item_size(t.dtype) % 16 == 0;
-}
-
 // Calls run(T, integral constant of what K is rounded up to).
 template <class Run>
 void with_shape(Dtype dtype, int64_t keys, const Run& run) {
@@ -88,7 +73,7 @@ ChunkParams prepare(const char* op, const ChunkScanArgs& a, const Sequences& seq
   return p;
 }
 
-void walk(const char* op, WalkParams& p, Dtype dtype, const Context& ctx) {
+void walk(const char* op, WalkParams& p, bool back, Dtype dtype, const Context& ctx) {
   const ChunkParams& c = p.c;
   const Limits limits = limits_of(op, ctx.device);
   const int64_t pairs = c.sequences.count * c.heads;
@@ -103,7 +88,8 @@ void walk(const char* op, WalkParams& p, Dtype dtype, const Context& ctx) {
     using T = decltype(type);
     const int64_t stage = ChunkTiles<T, dim>(nullptr, c, warps).bytes;
     p.stages = 2 * stage <= limits.of_block ? 2 : 1;
-    launch(op, ctx, walk_chunks<T, dim>, pairs * p.value_blocks, 32 * warps, p.stages * stage, p);
+    launch(op, ctx, back ? walk_back<T, dim> : walk_chunks<T, dim>, pairs * p.value_blocks,
+           32 * warps, p.stages * stage, p);
   });
 }
 
@@ -134,7 +120,7 @@ void chunk_scan(const char* op, const ChunkScanArgs& a, const Sequences& sequenc
   p.initial_state = state_rows(a.initial_state);
   p.state = static_cast<float*>(a.state.data);
   p.out = a.out.data;
-  walk(op, p, a.q.dtype, ctx);
+  walk(op, p, false, a.q.dtype, ctx);
 }
 
 }  // namespace memkernels::scan::cuda

@@ -55,14 +55,18 @@ struct ChunkParams {
   Prepared prepared;
 };
 
+// A walk over chunks, to the end; or back, where v is dout, S its gradient, and U dR: the gradient
+// of U before it was solved.
 struct WalkParams {
   ChunkParams c;
   int value_blocks, stages;
-  TokenRows initial_state;  // [N, HV, K, V] by strides of N, K, HV; or absent
-  float* state;             // [N, HV, K, V], or absent
+  TokenRows initial_state;  // S [N, HV, K, V] by strides of N, K, HV; or absent
   const float* inverse;     // [chunk, head][tokens] of the normaliser, or absent
-  void* out;                // T [B, T, HV, V], or absent:
-  void *us, *states;        // T [B, T, HV, V] what tokens write; T [chunk, head][V][row] S before
+  // Written, or absent.
+  float* state;  // S [N, HV, K, V]
+  void* out;     // T [B, T, HV, V] O, or dV
+  void* us;      // T [B, T, HV, V] U
+  void* states;  // T [chunk, head][V][row] S as the walk comes to the chunk
 };
 
 struct NormalizerParams {
@@ -77,10 +81,9 @@ struct NormalizerParams {
 struct ChunkGradParams {
   ChunkParams c;
   const void* dout;      // T [B, T, HV, V]
-  const void *us, *dus;  // T [B, T, HV, V] what tokens write, U; and dR: the gradient of U before
-                         // it was solved
-  const void* states;   // T [chunk, head][V][row] S before the chunk, and
-  const void* dstates;  // the gradient of S after it
+  const void *us, *dus;  // T [B, T, HV, V] U and dR
+  const void* states;    // T [chunk, head][V][row] S before the chunk, and
+  const void* dstates;   // the gradient of S after it
   // With a normaliser:
   const float* inverse;       // [chunk, head][tokens]
   const float* dnormalizers;  // [chunk, head][tokens] its gradient, and
@@ -92,12 +95,28 @@ struct ChunkGradParams {
   bool dqk_is_float;
 };
 
+// [B, T, heads, dim].
+inline TokenRows token_rows(const TensorView& t) {
+  return {t.data, t.stride[0], t.stride[1], t.stride[2]};
+}
+
+// [N, HV, K, V], or [N, HV, K].
+inline TokenRows state_rows(const TensorView& t) {
+  if (!given(t)) return {};
+  return {t.data, t.stride[0], t.stride[2], t.stride[1]};
+}
+
+inline bool aligned_to_16(const TensorView& t) {
+  const int64_t numbers = t.stride[0] | t.stride[1] | t.stride[2] | t.shape[3];
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && numbers * item_size(t.dtype) % 16 == 0;
+}
+
 // Computes p.prepared.
 ChunkParams prepare(const char* op, const ChunkScanArgs& a, const Sequences& sequences,
                     const Context& ctx);
 // Also the final z, if args have one.
 const float* normalizers(const char* op, const ChunkScanArgs& a, const ChunkParams& c,
                          const Context& ctx);
-void walk(const char* op, WalkParams& p, Dtype dtype, const Context& ctx);
+void walk(const char* op, WalkParams& p, bool back, Dtype dtype, const Context& ctx);
 
 }  // namespace memkernels::scan::cuda

@@ -144,6 +144,28 @@ __device__ __forceinline__ void solve_columns(Sums<1, kBlocks>& x, const Tile& s
   }
 }
 
+// Likewise X (I - L) = C.
+template <int kBlocks>
+__device__ __forceinline__ void solve_columns_back(Sums<1, kBlocks>& x, const Tile& solve) {
+#pragma unroll
+  for (int block = kBlocks - 2; block >= 0; block -= 2) {
+    Sums<1, 2> c, solved;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) c.c[0][e / 4][e % 4] = x.c[0][block + e / 4][e % 4];
+    multiply_columns<float>(c, x, solve, 0, block, kBlocks * 8, block + 2);
+    solved.clear();
+    multiply_columns<float>(solved, c, solve, 8 * block, block, kBlocks * 8);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x.c[0][block + e / 4][e % 4] = solved.c[0][e / 4][e % 4];
+  }
+}
+
+template <int kBlocks>
+__device__ __forceinline__ void add(Sums<1, kBlocks>& sums, const Sums<1, kBlocks>& x) {
+#pragma unroll
+  for (int e = 0; e < 4 * kBlocks; ++e) sums.c[0][e / 4][e % 4] += x.c[0][e / 4][e % 4];
+}
+
 // S^T of 16 columns of V, [K][V] in memory; zeros beyond.
 template <int kBlocks>
 __device__ __forceinline__ void load_state(Sums<1, kBlocks>& state, const float* from,
@@ -175,112 +197,187 @@ __device__ __forceinline__ void for_state(Sums<1, kBlocks>& state, int keys, int
   }
 }
 
+// A warp's walk over the chunks of a sequence and value head, for its columns of V.
 template <class T, int kDim>
-__global__ void __launch_bounds__(32 * kWalkWarps, 1) walk_chunks(const WalkParams p) {
+struct Walk {
   using Tiles = ChunkTiles<T, kDim>;
-  constexpr int kTokens = Tiles::kTokens, kDepth = 32 / sizeof(T);
-  const ChunkParams& c = p.c;
-  const int lane = threadIdx.x % 32, warps = blockDim.x / 32, warp = threadIdx.x / 32;
-  const int first = static_cast<int>(blockIdx.x % p.value_blocks) * warps * kWarpValues;
-  const int head = static_cast<int>(blockIdx.x / p.value_blocks % c.heads);
-  const int64_t n = blockIdx.x / p.value_blocks / c.heads;
-  const Span span = span_of(c.sequences, n);
-  const int64_t first_number = first_chunk<kTokens>(c, n);
-  const int64_t chunks = (span.end - span.begin + kTokens - 1) / kTokens;
-  const int block_values =
-      c.values - first < warps * kWarpValues ? c.values - first : warps * kWarpValues;
-  const int column = warp * kWarpValues, values = c.values - first - column;  // the warp's
-  const int steps = (c.keys + kDepth - 1) / kDepth;
+  static constexpr int kTokens = Tiles::kTokens, kDepth = 32 / sizeof(T);
+  using Columns = Sums<1, kTokens / 8>;
 
-  char* const memory = shared_memory();
-  const int stage_bytes = Tiles(memory, c, warps).bytes;
-  clear_memory(memory, p.stages * stage_bytes);
-  __syncthreads();
-  const auto tiles_of = [&](int64_t i) {
-    return Tiles(memory + i % p.stages * stage_bytes, c, warps);
-  };
-  const auto chunk_at = [&](int64_t i) {
-    const int64_t begin = span.begin + i * kTokens;
-    return ChunkOf{n, span.batch, begin, static_cast<int>(clamp(span.end - begin, 0, kTokens))};
-  };
-  const auto start = [&](int64_t i) {
-    if (i < chunks) {
-      tiles_of(i).start(c, first_number + i, chunk_at(i), head, first, block_values);
-    }
-    commit_copies();
-  };
-
+  const WalkParams& p;
+  const ChunkParams& c;
+  int head, first, column,
+      values;  // of V: the block's first column, the warp's, columns from there
+  int steps;   // of products over K
+  int64_t sequence, first_number, chunks;
+  Span span;
   Sums<1, kDim / 8> state;
-  {
+
+  __device__ __forceinline__ explicit Walk(const WalkParams& params) : p(params), c(params.c) {
+    first = static_cast<int>(blockIdx.x % p.value_blocks) * (blockDim.x / 32) * kWarpValues;
+    head = static_cast<int>(blockIdx.x / p.value_blocks % c.heads);
+    sequence = blockIdx.x / p.value_blocks / c.heads;
+    column = threadIdx.x / 32 * kWarpValues;
+    values = c.values - first - column;
+    steps = (c.keys + kDepth - 1) / kDepth;
+    span = span_of(c.sequences, sequence);
+    first_number = first_chunk<kTokens>(c, sequence);
+    chunks = (span.end - span.begin + kTokens - 1) / kTokens;
     const TokenRows& from = p.initial_state;
     const float* const data =
-        from.data ? row_at<float>(from, n, 0, head) + first + column : nullptr;
+        from.data ? row_at<float>(from, sequence, 0, head) + first + column : nullptr;
     load_state(state, data, from.token_stride, c.keys, values);
   }
-  if (p.stages > 1) start(0);
-  for (int64_t i = 0; i < chunks; ++i) {
-    start(i + p.stages - 1);
-    p.stages > 1 ? wait_copies<1>() : wait_copies<0>();
-    __syncthreads();
-    const Tiles tiles = tiles_of(i);
-    const ChunkOf chunk = chunk_at(i);
-    const int64_t unit = (first_number + i) * c.heads + head;
 
-    if (p.states) {
-      T* const to = static_cast<T*>(p.states) + (unit * c.values + first + column) * c.row;
-      for_state(state, c.row, values,
-                [&](int key, int value, float x) { narrow(x, to[int64_t{value} * c.row + key]); });
-    }
-    Sums<1, kTokens / 8> u;
-    load_columns(T(), u, tiles.v, column);
-    if (c.prepared.solve) {
-      Sums<1, kTokens / 8> erased;
-      erased.clear();
-      multiply_transposed<T>(erased, state, tiles.erases, steps);
-      scale_columns(erased, tiles.factors + kTokens);
-      scale_columns(u, tiles.factors + 3 * kTokens);
-#pragma unroll
-      for (int e = 0; e < kTokens / 2; ++e) u.c[0][e / 4][e % 4] += erased.c[0][e / 4][e % 4];
-      solve_columns(u, tiles.solve);
-    }
-    const auto store_columns = [&](const Sums<1, kTokens / 8>& x, void* data,
-                                   const float* factors) {
-      T* const to = static_cast<T*>(data) +
-                    ((chunk.batch * c.sequences.tokens + chunk.begin) * c.heads + head) * c.values +
-                    first + column;
-#pragma unroll
-      for (int e = 0; e < kTokens / 2; ++e) {
-        const int token = e / 4 * 8 + lane % 4 * 2 + e % 2, value = lane / 4 + e / 2 % 2 * 8;
-        if (token >= chunk.count || value >= values) continue;
-        const float factor = factors ? factors[token] : 1.f;
-        narrow(x.c[0][e / 4][e % 4] * factor, to[token * (int64_t{c.heads} * c.values) + value]);
-      }
+  __device__ __forceinline__ ChunkOf chunk_at(int64_t i) const {
+    const int64_t begin = span.begin + i * kTokens;
+    return {sequence, span.batch, begin, static_cast<int>(clamp(span.end - begin, 0, kTokens))};
+  }
+  // Of the chunk and head, among all that was prepared.
+  __device__ __forceinline__ int64_t unit_of(int64_t i) const {
+    return (first_number + i) * c.heads + head;
+  }
+
+  // Calls step(i, tiles) for each chunk, from the first to the last or the other way round.
+  template <bool kBack, class Step>
+  __device__ __forceinline__ void run(const Step& step) const {
+    const int warps = blockDim.x / 32, wide = warps * kWarpValues;
+    const int block_values = c.values - first < wide ? c.values - first : wide;
+    char* const memory = shared_memory();
+    const int stage_bytes = Tiles(memory, c, warps).bytes;
+    clear_memory(memory, p.stages * stage_bytes);
+    __syncthreads();
+    const auto tiles_of = [&](int64_t i) {
+      return Tiles(memory + i % p.stages * stage_bytes, c, warps);
     };
-    if (p.us) store_columns(u, p.us, nullptr);
-    if (p.out) {
-      Sums<1, kTokens / 8> out;
-      out.clear();
-      multiply_transposed<T>(out, state, tiles.reads, steps);
-      scale_columns(out, tiles.factors);
-      multiply_transposed<T, true>(out, u, tiles.scores, kTokens / kDepth);
-      store_columns(out, p.out, p.inverse ? p.inverse + unit * kTokens : nullptr);
+    const auto number_of = [&](int64_t i) { return kBack ? chunks - 1 - i : i; };
+    const auto start = [&](int64_t i) {
+      if (i < chunks) {
+        const int64_t number = number_of(i);
+        tiles_of(i).start(c, first_number + number, chunk_at(number), head, first, block_values);
+      }
+      commit_copies();
+    };
+    if (p.stages > 1) start(0);
+    for (int64_t i = 0; i < chunks; ++i) {
+      start(i + p.stages - 1);
+      p.stages > 1 ? wait_copies<1>() : wait_copies<0>();
+      __syncthreads();
+      step(number_of(i), tiles_of(i));
+      __syncthreads();
     }
+  }
+
+  // Stores the state as an operand, [V][row] of a chunk.
+  __device__ __forceinline__ void keep_state(int64_t i) {
+    if (!p.states) return;
+    T* const to = static_cast<T*>(p.states) + (unit_of(i) * c.values + first + column) * c.row;
+    for_state(state, c.row, values,
+              [&](int key, int value, float x) { narrow(x, to[int64_t{value} * c.row + key]); });
+  }
+
+  __device__ __forceinline__ void decay_state(const float* totals) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int block = 0; block < kDim / 8; ++block) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int key = 8 * block + lane % 4 * 2 + e % 2;
-        if (key < c.key_row) state.c[0][block][e] *= tiles.totals[key];
+        if (key < c.key_row) state.c[0][block][e] *= totals[key];
       }
     }
-    scale_columns(u, tiles.factors + 2 * kTokens);
-    multiply_columns<T>(state, u, tiles.writes, 0, 0, c.keys);
-    __syncthreads();
   }
-  if (!p.state) return;
-  float* const to = p.state + (n * c.heads + head) * c.keys * int64_t{c.values} + first + column;
-  for_state(state, c.keys, values,
-            [&](int key, int value, float x) { to[int64_t{key} * c.values + value] = x; });
+
+  // Stores columns times factors of theirs, or as they are, as rows of [B, T, HV, V]; if wanted.
+  __device__ __forceinline__ void store_columns(const Columns& x, void* data, int64_t i,
+                                                const float* factors) const {
+    if (!data) return;
+    const ChunkOf chunk = chunk_at(i);
+    const int lane = threadIdx.x % 32;
+    const int64_t token = chunk.batch * c.sequences.tokens + chunk.begin;
+    T* const to = static_cast<T*>(data) + (token * c.heads + head) * c.values + first + column;
+#pragma unroll
+    for (int e = 0; e < kTokens / 2; ++e) {
+      const int row = e / 4 * 8 + lane % 4 * 2 + e % 2, value = lane / 4 + e / 2 % 2 * 8;
+      if (row >= chunk.count || value >= values) continue;
+      const float factor = factors ? factors[row] : 1.f;
+      narrow(x.c[0][e / 4][e % 4] * factor, to[row * (int64_t{c.heads} * c.values) + value]);
+    }
+  }
+
+  __device__ __forceinline__ void finish() {
+    if (!p.state) return;
+    float* const to =
+        p.state + (sequence * c.heads + head) * c.keys * int64_t{c.values} + first + column;
+    for_state(state, c.keys, values,
+              [&](int key, int value, float x) { to[int64_t{key} * c.values + value] = x; });
+  }
+};
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(32 * kWalkWarps, 1) walk_chunks(const WalkParams p) {
+  using W = Walk<T, kDim>;
+  constexpr int kTokens = W::kTokens;
+  W walk(p);
+  walk.template run<false>([&](int64_t i, const typename W::Tiles& tiles) {
+    walk.keep_state(i);
+    typename W::Columns u;
+    load_columns(T(), u, tiles.v, walk.column);
+    if (p.c.prepared.solve) {
+      typename W::Columns erased;
+      erased.clear();
+      multiply_transposed<T>(erased, walk.state, tiles.erases, walk.steps);
+      scale_columns(erased, tiles.factors + kTokens);
+      scale_columns(u, tiles.factors + 3 * kTokens);
+      add(u, erased);
+      solve_columns(u, tiles.solve);
+    }
+    walk.store_columns(u, p.us, i, nullptr);
+    if (p.out) {
+      typename W::Columns out;
+      out.clear();
+      multiply_transposed<T>(out, walk.state, tiles.reads, walk.steps);
+      scale_columns(out, tiles.factors);
+      multiply_transposed<T, true>(out, u, tiles.scores, kTokens / W::kDepth);
+      walk.store_columns(out, p.out, i,
+                         p.inverse ? p.inverse + walk.unit_of(i) * kTokens : nullptr);
+    }
+    walk.decay_state(tiles.totals);
+    scale_columns(u, tiles.factors + 2 * kTokens);
+    multiply_columns<T>(walk.state, u, tiles.writes, 0, 0, p.c.keys);
+  });
+  walk.finish();
+}
+
+// The walk back, of gradients: v is dout, and the state the gradient of S.
+//   dU = scores^T dO + (k after) dS,  dR = (I - L)^-T dU (delta rule; else dU),  dV = beta dR
+//   dS = total dS + (scale q before)^T dO - (beta k before)^T dR
+template <class T, int kDim>
+__global__ void __launch_bounds__(32 * kWalkWarps, 1) walk_back(const WalkParams p) {
+  using W = Walk<T, kDim>;
+  constexpr int kTokens = W::kTokens;
+  const bool delta = p.c.prepared.solve != nullptr;
+  W walk(p);
+  walk.template run<true>([&](int64_t i, const typename W::Tiles& tiles) {
+    walk.keep_state(i);
+    typename W::Columns dout, du;
+    load_columns(T(), dout, tiles.v, walk.column);
+    if (p.inverse) scale_columns(dout, p.inverse + walk.unit_of(i) * kTokens);
+    du.clear();
+    multiply_transposed<T>(du, walk.state, tiles.writes, walk.steps);
+    scale_columns(du, tiles.factors + 2 * kTokens);
+    multiply_columns<T>(du, dout, tiles.scores, 0, 0, kTokens);
+    if (delta) solve_columns_back(du, tiles.solve);
+    walk.store_columns(du, p.us, i, nullptr);
+    walk.store_columns(du, p.out, i, delta ? tiles.factors + 3 * kTokens : nullptr);
+    walk.decay_state(tiles.totals);
+    scale_columns(dout, tiles.factors);
+    multiply_columns<T>(walk.state, dout, tiles.reads, 0, 0, p.c.keys);
+    if (!delta) return;
+    scale_columns(du, tiles.factors + kTokens);
+    multiply_columns<T>(walk.state, du, tiles.erases, 0, 0, p.c.keys);
+  });
+  walk.finish();
 }
 
 }  // namespace memkernels::scan::cuda

@@ -187,15 +187,17 @@ __device__ __forceinline__ void load_two_blocks(float, uint32_t (&b)[2][2], cons
 }
 
 // sums += X B: X the sums of another product, over its columns; B the rows of a tile from `row` on,
-// at kBlocks times 8 columns from block `first` on, of which those before `dim` count.
+// at kBlocks times 8 columns from block `first` on, of which those before `dim` count. Steps before
+// `begin` add nothing.
 template <class T, int kTiles, int kDepthBlocks, int kBlocks>
 __device__ __forceinline__ void multiply_columns(Sums<kTiles, kBlocks>& sums,
                                                  const Sums<kTiles, kDepthBlocks>& x, const Tile& b,
-                                                 int row, int first, int dim) {
+                                                 int row, int first, int dim, int begin = 0) {
   static_assert(kBlocks % 2 == 0, "blocks of columns come in pairs");
   constexpr int kDepth = 32 / sizeof(T);
 #pragma unroll
   for (int step = 0; step < kDepthBlocks * 8 / kDepth; ++step) {
+    if (step < begin) continue;
     uint32_t left[kTiles][4];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) to_operand(T(), left[tile], x.c[tile], step);
