@@ -13,6 +13,17 @@ __device__ __forceinline__ int64_t first_chunk(const ChunkParams& p, int64_t n) 
                                      : n * p.chunks_of_row;
 }
 
+// How many segments of so many tokens a sequence has; its last one has fewer than twice as many.
+__host__ __device__ __forceinline__ int64_t segments_of(int64_t tokens, int64_t length) {
+  return length < tokens ? 1 : length / tokens;
+}
+
+// The number of its first segment.
+__device__ __forceinline__ int64_t first_segment(const ChunkParams& p, int64_t tokens, int64_t n) {
+  if (p.sequences.cu_seqlens.data) return span_of(p.sequences, n).begin / tokens + n;
+  return n * segments_of(tokens, p.sequences.tokens);
+}
+
 struct ChunkOf {
   int64_t sequence, batch, begin;  // the first token
   int count;                       // of tokens
@@ -28,6 +39,30 @@ __device__ __forceinline__ bool find_chunk(const ChunkParams& p, int64_t number,
   c.begin = span.begin + (number - first(c.sequence)) * kTokens;
   if (c.begin < span.begin || c.begin >= span.end) return false;
   c.count = static_cast<int>(clamp(span.end - c.begin, 0, kTokens));
+  return true;
+}
+
+// A part of a sequence.
+struct SegmentOf {
+  int64_t sequence;
+  Span span;           // the sequence's
+  int64_t begin, end;  // tokens of it
+  bool first, last;
+};
+
+// Whether the number is a segment's.
+__device__ __forceinline__ bool find_segment(const ChunkParams& p, int64_t tokens, int64_t number,
+                                             SegmentOf& s) {
+  const auto first = [&](int64_t n) { return first_segment(p, tokens, n); };
+  s.sequence = last_at_most(p.sequences.count, number, first);
+  s.span = span_of(p.sequences, s.sequence);
+  const int64_t length = s.span.end - s.span.begin, i = number - first(s.sequence);
+  const int64_t count = segments_of(tokens, length);
+  if (i < 0 || i >= count) return false;
+  s.first = i == 0;
+  s.last = i == count - 1;
+  s.begin = i * tokens;
+  s.end = s.last ? length : s.begin + tokens;
   return true;
 }
 

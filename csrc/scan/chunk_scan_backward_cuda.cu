@@ -18,7 +18,8 @@ void chunk_scan_backward(const char* op, const ChunkScanArgs& a, const ChunkScan
   walk_on.initial_state = state_rows(a.initial_state);
   p.us = walk_on.us = ctx.allocate(ctx, numel(a.v) * size);
   p.states = walk_on.states = ctx.allocate(ctx, state_bytes);
-  walk(op, walk_on, false, a.q.dtype, ctx);
+  const float* transitions = nullptr;
+  walk(op, walk_on, false, a.q.dtype, transitions, ctx);
 
   WalkParams walk_back{};
   walk_back.c = c;
@@ -29,7 +30,7 @@ void chunk_scan_backward(const char* op, const ChunkScanArgs& a, const ChunkScan
   walk_back.out = g.dv.data;
   if (given(a.beta)) p.dus = walk_back.us = ctx.allocate(ctx, numel(a.v) * size);
   p.dstates = walk_back.states = ctx.allocate(ctx, state_bytes);
-  walk(op, walk_back, true, a.q.dtype, ctx);
+  walk(op, walk_back, true, a.q.dtype, transitions, ctx);
   p.dout = g.dout.data;
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "scan/chunk_normalizer_kernel.cuh"
+#include "scan/chunk_pass_kernel.cuh"
 #include "scan/chunk_prepare_kernel.cuh"
 #include "scan/chunk_walk_kernel.cuh"
 
@@ -73,10 +74,21 @@ ChunkParams prepare(const char* op, const ChunkScanArgs& a, const Sequences& seq
   return p;
 }
 
-void walk(const char* op, WalkParams& p, bool back, Dtype dtype, const Context& ctx) {
+namespace {
+
+// Few heads of few columns of V leave a GPU idle: their long sequences are cut into segments, whose
+// length follows from the heads alone, so that no bit depends on the batch.
+int64_t segment_tokens(const ChunkParams& c) {
+  constexpr int64_t kWhole = int64_t{1} << 40, kMostWarps = 256, kLeast = 1024, kChunk = 64;
+  const int64_t warps = c.heads * ceil_div(c.values, kWarpValues);
+  if (warps > kMostWarps) return kWhole;
+  return std::max(kLeast, ceil_div(32 * warps, kChunk) * kChunk);
+}
+
+void launch_walk(const char* op, WalkParams p, bool back, Dtype dtype, const Context& ctx) {
   const ChunkParams& c = p.c;
   const Limits limits = limits_of(op, ctx.device);
-  const int64_t pairs = c.sequences.count * c.heads;
+  const int64_t pairs = p.num_segments * c.heads;
   const auto blocks_of = [&](int warps) {
     return static_cast<int>(ceil_div(c.values, warps * kWarpValues));
   };
@@ -91,6 +103,49 @@ void walk(const char* op, WalkParams& p, bool back, Dtype dtype, const Context& 
     launch(op, ctx, back ? walk_back<T, dim> : walk_chunks<T, dim>, pairs * p.value_blocks,
            32 * warps, p.stages * stage, p);
   });
+}
+
+// What segments make of the states before them, [segment, head][K][K].
+const float* find_transitions(const char* op, const WalkParams& walked, Dtype dtype,
+                              const Context& ctx) {
+  WalkParams p{};
+  p.c = walked.c;
+  p.c.v = {};
+  p.c.values = p.c.keys;
+  p.segment = walked.segment;
+  p.num_segments = walked.num_segments;
+  p.identity = true;
+  const int64_t size = int64_t{p.c.keys} * p.c.keys * sizeof(float);
+  p.partial = static_cast<float*>(ctx.allocate(ctx, p.num_segments * p.c.heads * size));
+  launch_walk(op, p, false, dtype, ctx);
+  return p.partial;
+}
+
+}  // namespace
+
+void walk(const char* op, WalkParams p, bool back, Dtype dtype, const float*& transitions,
+          const Context& ctx) {
+  const ChunkParams& c = p.c;
+  const SequenceParams& s = c.sequences;
+  p.segment = segment_tokens(c);
+  p.num_segments = s.cu_seqlens.data ? s.tokens / p.segment + s.count
+                                     : s.count * segments_of(p.segment, s.tokens);
+  if (p.num_segments > s.count) {
+    if (c.prepared.solve && !transitions) transitions = find_transitions(op, p, dtype, ctx);
+    WalkParams parts = p;
+    parts.out = parts.us = parts.states = nullptr;
+    const int64_t size = int64_t{c.keys} * c.values * sizeof(float);
+    parts.partial = static_cast<float*>(ctx.allocate(ctx, p.num_segments * c.heads * size));
+    launch_walk(op, parts, back, dtype, ctx);
+    const PassParams pass{c, p.segment, back, p.initial_state, transitions, parts.partial};
+    with_shape(dtype, c.keys, [&](auto type, auto dim) {
+      constexpr int kTokens = chunk_tokens(sizeof(type), dim);
+      launch(op, ctx, pass_states<kTokens>, s.count * c.heads * ceil_div(c.values, kPassColumns),
+             kPassThreads, (2 * kPassColumns + 1) * c.keys * sizeof(float), pass);
+    });
+    p.passed = parts.partial;
+  }
+  launch_walk(op, p, back, dtype, ctx);
 }
 
 const float* normalizers(const char* op, const ChunkScanArgs& a, const ChunkParams& c,
@@ -120,7 +175,8 @@ void chunk_scan(const char* op, const ChunkScanArgs& a, const Sequences& sequenc
   p.initial_state = state_rows(a.initial_state);
   p.state = static_cast<float*>(a.state.data);
   p.out = a.out.data;
-  walk(op, p, false, a.q.dtype, ctx);
+  const float* transitions = nullptr;
+  walk(op, p, false, a.q.dtype, transitions, ctx);
 }
 
 }  // namespace memkernels::scan::cuda

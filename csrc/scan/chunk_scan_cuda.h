@@ -62,11 +62,27 @@ struct WalkParams {
   int value_blocks, stages;
   TokenRows initial_state;  // S [N, HV, K, V] by strides of N, K, HV; or absent
   const float* inverse;     // [chunk, head][tokens] of the normaliser, or absent
+  // A long sequence is walked in segments at once, numbered as chunks are:
+  int64_t segment, num_segments;  // tokens of one; numbers of all
+  const float* passed;            // [segment, head][K][V] S after the segment
+  float* partial;                 // the same if S before it were 0, to be written, alone; or absent
+  bool identity;                  // if it were I, and v 0
   // Written, or absent.
   float* state;  // S [N, HV, K, V]
   void* out;     // T [B, T, HV, V] O, or dV
   void* us;      // T [B, T, HV, V] U
   void* states;  // T [chunk, head][V][row] S as the walk comes to the chunk
+};
+
+// From S after segments if S before them were 0, and what turns S before them into S after them, to
+// S after them; or the same of gradients, back.
+struct PassParams {
+  ChunkParams c;
+  int64_t segment;
+  bool back;
+  TokenRows initial_state;
+  const float* transitions;  // [segment, head][K][K] of the walk to the end; or absent: `totals`
+  float* passed;             // [segment, head][K][V], changed
 };
 
 struct NormalizerParams {
@@ -117,6 +133,8 @@ ChunkParams prepare(const char* op, const ChunkScanArgs& a, const Sequences& seq
 // Also the final z, if args have one.
 const float* normalizers(const char* op, const ChunkScanArgs& a, const ChunkParams& c,
                          const Context& ctx);
-void walk(const char* op, WalkParams& p, bool back, Dtype dtype, const Context& ctx);
+// transitions: of an earlier walk, or empty.
+void walk(const char* op, WalkParams p, bool back, Dtype dtype, const float*& transitions,
+          const Context& ctx);
 
 }  // namespace memkernels::scan::cuda

@@ -66,8 +66,10 @@ struct ChunkTiles {
       copy_rows<T>(writes, kTokens, chunk.count, row_at<T>(p.k, chunk.batch, chunk.begin, shared),
                    p.k.token_stride, p.keys, true);
     }
-    copy_rows<T>(v, kTokens, chunk.count, row_at<T>(p.v, chunk.batch, chunk.begin, head) + first,
-                 p.v.token_stride, values, p.v_aligned);
+    if (p.v.data) {
+      copy_rows<T>(v, kTokens, chunk.count, row_at<T>(p.v, chunk.batch, chunk.begin, head) + first,
+                   p.v.token_stride, values, p.v_aligned);
+    }
     constexpr int kSquare = kTokens * kTokens;
     copy_rows<T>(scores, kTokens, kTokens,
                  static_cast<const T*>(p.prepared.scores) + unit * kSquare, kTokens, kTokens, true);
@@ -209,29 +211,51 @@ struct Walk {
   int head, first, column,
       values;  // of V: the block's first column, the warp's, columns from there
   int steps;   // of products over K
-  int64_t sequence, first_number, chunks;
-  Span span;
+  SegmentOf segment;
+  int64_t first_number;  // of the sequence's chunks
   Sums<1, kDim / 8> state;
 
   __device__ __forceinline__ explicit Walk(const WalkParams& params) : p(params), c(params.c) {
     first = static_cast<int>(blockIdx.x % p.value_blocks) * (blockDim.x / 32) * kWarpValues;
     head = static_cast<int>(blockIdx.x / p.value_blocks % c.heads);
-    sequence = blockIdx.x / p.value_blocks / c.heads;
     column = threadIdx.x / 32 * kWarpValues;
     values = c.values - first - column;
     steps = (c.keys + kDepth - 1) / kDepth;
-    span = span_of(c.sequences, sequence);
-    first_number = first_chunk<kTokens>(c, sequence);
-    chunks = (span.end - span.begin + kTokens - 1) / kTokens;
-    const TokenRows& from = p.initial_state;
-    const float* const data =
-        from.data ? row_at<float>(from, sequence, 0, head) + first + column : nullptr;
-    load_state(state, data, from.token_stride, c.keys, values);
+  }
+
+  // Whether there is something to do.
+  template <bool kBack>
+  __device__ __forceinline__ bool begin() {
+    const int64_t number = blockIdx.x / p.value_blocks / c.heads;
+    if (!find_segment(c, p.segment, number, segment)) return false;
+    const bool at_first = kBack ? segment.last : segment.first;
+    const bool at_last = kBack ? segment.first : segment.last;
+    if (p.partial && !p.identity && at_last) return false;
+    first_number = first_chunk<kTokens>(c, segment.sequence);
+    const float* from = nullptr;
+    int64_t stride = c.values;
+    if (!p.partial && at_first && p.initial_state.data) {
+      from = row_at<float>(p.initial_state, segment.sequence, 0, head) + first + column;
+      stride = p.initial_state.token_stride;
+    } else if (!p.partial && !at_first) {
+      from = p.passed + state_offset(number + (kBack ? 1 : -1));
+    }
+    load_state(state, from, stride, c.keys, values);
+    if (!p.identity) return true;
+    for_state(state, c.keys, values,
+              [&](int key, int value, float& x) { x = key == first + column + value ? 1.f : 0.f; });
+    return true;
+  }
+
+  // Of [.., heads][K][V], at the warp's columns.
+  __device__ __forceinline__ int64_t state_offset(int64_t i) const {
+    return (i * c.heads + head) * c.keys * int64_t{c.values} + first + column;
   }
 
   __device__ __forceinline__ ChunkOf chunk_at(int64_t i) const {
-    const int64_t begin = span.begin + i * kTokens;
-    return {sequence, span.batch, begin, static_cast<int>(clamp(span.end - begin, 0, kTokens))};
+    const int64_t begin = segment.span.begin + i * kTokens;
+    const int64_t left = segment.span.end - begin;
+    return {segment.sequence, segment.span.batch, begin, static_cast<int>(clamp(left, 0, kTokens))};
   }
   // Of the chunk and head, among all that was prepared.
   __device__ __forceinline__ int64_t unit_of(int64_t i) const {
@@ -250,7 +274,9 @@ struct Walk {
     const auto tiles_of = [&](int64_t i) {
       return Tiles(memory + i % p.stages * stage_bytes, c, warps);
     };
-    const auto number_of = [&](int64_t i) { return kBack ? chunks - 1 - i : i; };
+    const int64_t begin = segment.begin / kTokens;
+    const int64_t chunks = (segment.end - segment.begin + kTokens - 1) / kTokens;
+    const auto number_of = [&](int64_t i) { return begin + (kBack ? chunks - 1 - i : i); };
     const auto start = [&](int64_t i) {
       if (i < chunks) {
         const int64_t number = number_of(i);
@@ -305,10 +331,17 @@ struct Walk {
     }
   }
 
+  template <bool kBack>
   __device__ __forceinline__ void finish() {
-    if (!p.state) return;
-    float* const to =
-        p.state + (sequence * c.heads + head) * c.keys * int64_t{c.values} + first + column;
+    const int64_t number = blockIdx.x / p.value_blocks / c.heads;
+    float* to = p.partial;
+    if (to) {
+      to += state_offset(number);
+    } else if ((kBack ? segment.first : segment.last) && p.state) {
+      to = p.state + state_offset(segment.sequence);
+    } else {
+      return;
+    }
     for_state(state, c.keys, values,
               [&](int key, int value, float x) { to[int64_t{key} * c.values + value] = x; });
   }
@@ -319,6 +352,7 @@ __global__ void __launch_bounds__(32 * kWalkWarps, 1) walk_chunks(const WalkPara
   using W = Walk<T, kDim>;
   constexpr int kTokens = W::kTokens;
   W walk(p);
+  if (!walk.template begin<false>()) return;
   walk.template run<false>([&](int64_t i, const typename W::Tiles& tiles) {
     walk.keep_state(i);
     typename W::Columns u;
@@ -346,7 +380,7 @@ __global__ void __launch_bounds__(32 * kWalkWarps, 1) walk_chunks(const WalkPara
     scale_columns(u, tiles.factors + 2 * kTokens);
     multiply_columns<T>(walk.state, u, tiles.writes, 0, 0, p.c.keys);
   });
-  walk.finish();
+  walk.template finish<false>();
 }
 
 // The walk back, of gradients: v is dout, and the state the gradient of S.
@@ -358,6 +392,7 @@ __global__ void __launch_bounds__(32 * kWalkWarps, 1) walk_back(const WalkParams
   constexpr int kTokens = W::kTokens;
   const bool delta = p.c.prepared.solve != nullptr;
   W walk(p);
+  if (!walk.template begin<true>()) return;
   walk.template run<true>([&](int64_t i, const typename W::Tiles& tiles) {
     walk.keep_state(i);
     typename W::Columns dout, du;
@@ -377,7 +412,7 @@ __global__ void __launch_bounds__(32 * kWalkWarps, 1) walk_back(const WalkParams
     scale_columns(du, tiles.factors + kTokens);
     multiply_columns<T>(walk.state, du, tiles.erases, 0, 0, p.c.keys);
   });
-  walk.finish();
+  walk.template finish<true>();
 }
 
 }  // namespace memkernels::scan::cuda
