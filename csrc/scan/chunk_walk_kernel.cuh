@@ -278,19 +278,20 @@ struct Walk {
     const int64_t chunks = (segment.end - segment.begin + kTokens - 1) / kTokens;
     const auto number_of = [&](int64_t i) { return begin + (kBack ? chunks - 1 - i : i); };
     const auto start = [&](int64_t i) {
-      if (i < chunks) {
-        const int64_t number = number_of(i);
-        tiles_of(i).start(c, first_number + number, chunk_at(number), head, first, block_values);
-      }
+      if (i >= chunks) return;
+      const int64_t number = number_of(i);
+      tiles_of(i).start(c, first_number + number, chunk_at(number), head, first, block_values);
       commit_copies();
     };
-    if (p.stages > 1) start(0);
+    start(0);
     for (int64_t i = 0; i < chunks; ++i) {
-      start(i + p.stages - 1);
-      p.stages > 1 ? wait_copies<1>() : wait_copies<0>();
+      wait_copies<0>();
       __syncthreads();
+      if (p.stages > 1) start(i + 1);
       step(number_of(i), tiles_of(i));
+      if (p.stages > 1) continue;
       __syncthreads();
+      start(i + 1);
     }
   }
 
