@@ -11,6 +11,9 @@
 // them 2 C + 4 C bytes a token and head of scores and of what is to be solved.
 #pragma once
 
+#include <type_traits>
+
+#include "core/cuda/chunk.cuh"
 #include "scan/chunk_kernel.cuh"
 
 namespace memkernels::scan::cuda {
@@ -24,7 +27,7 @@ struct ChunkTiles {
   static constexpr int kTokens = chunk_tokens(sizeof(T), kDim);
 
   Tile reads, erases, writes, v, scores, solve;
-  float *factors, *totals;
+  float *factors, *totals;  // kDim totals, zeros beyond K
   int bytes;
 
   // warps: of the block.
@@ -46,7 +49,7 @@ struct ChunkTiles {
     scores = tile(kTokens * sizeof(T));
     solve = p.prepared.solve ? tile(kTokens * sizeof(float)) : Tile{nullptr, 0};
     factors = reinterpret_cast<float*>(take(4 * kTokens * sizeof(float)));
-    totals = reinterpret_cast<float*>(take(pitch_of(p.key_row * sizeof(float))));
+    totals = reinterpret_cast<float*>(take(kDim * sizeof(float)));
   }
 
   // Starts copying a chunk's, and its columns of V from `first` on.
@@ -130,33 +133,33 @@ __device__ __forceinline__ void scale_columns(Sums<1, kBlocks>& sums, const floa
   }
 }
 
-// Solves X (I - L)^T = C in place, L as Prepared::solve has it.
-template <int kBlocks>
+// Solves X (I - L)^T = C in place, L as Prepared::solve has it. Number: float or Finite.
+template <class Number, int kBlocks>
 __device__ __forceinline__ void solve_columns(Sums<1, kBlocks>& x, const Tile& solve) {
 #pragma unroll
   for (int block = 0; block < kBlocks; block += 2) {
     Sums<1, 2> c, solved;
 #pragma unroll
     for (int e = 0; e < 8; ++e) c.c[0][e / 4][e % 4] = x.c[0][block + e / 4][e % 4];
-    multiply_transposed<float>(c, x, solve, block, 8 * block);
+    multiply_transposed<Number>(c, x, solve, block, 8 * block);
     solved.clear();
-    multiply_transposed<float>(solved, c, solve, 2, 8 * block, block);
+    multiply_transposed<Number>(solved, c, solve, 2, 8 * block, block);
 #pragma unroll
     for (int e = 0; e < 8; ++e) x.c[0][block + e / 4][e % 4] = solved.c[0][e / 4][e % 4];
   }
 }
 
 // Likewise X (I - L) = C.
-template <int kBlocks>
+template <class Number, int kBlocks>
 __device__ __forceinline__ void solve_columns_back(Sums<1, kBlocks>& x, const Tile& solve) {
 #pragma unroll
   for (int block = kBlocks - 2; block >= 0; block -= 2) {
     Sums<1, 2> c, solved;
 #pragma unroll
     for (int e = 0; e < 8; ++e) c.c[0][e / 4][e % 4] = x.c[0][block + e / 4][e % 4];
-    multiply_columns<float>(c, x, solve, 0, block, kBlocks * 8, block + 2);
+    multiply_columns<Number>(c, x, solve, 0, block, kBlocks * 8, block + 2);
     solved.clear();
-    multiply_columns<float>(solved, c, solve, 8 * block, block, kBlocks * 8);
+    multiply_columns<Number>(solved, c, solve, 8 * block, block, kBlocks * 8);
 #pragma unroll
     for (int e = 0; e < 8; ++e) x.c[0][block + e / 4][e % 4] = solved.c[0][e / 4][e % 4];
   }
@@ -205,6 +208,7 @@ struct Walk {
   using Tiles = ChunkTiles<T, kDim>;
   static constexpr int kTokens = Tiles::kTokens, kDepth = 32 / sizeof(T);
   using Columns = Sums<1, kTokens / 8>;
+  using Solved = std::conditional_t<sizeof(T) == sizeof(float), float, Finite>;
 
   const WalkParams& p;
   const ChunkParams& c;
@@ -295,40 +299,55 @@ struct Walk {
     }
   }
 
-  // Stores the state as an operand, [V][row] of a chunk.
-  __device__ __forceinline__ void keep_state(int64_t i) {
+  // Stores the state as an operand, [V][row] of a chunk; if wanted.
+  __device__ __forceinline__ void keep_state(int64_t i) const {
     if (!p.states) return;
+    const int lane = threadIdx.x % 32, key = lane % 4 * 2;
     T* const to = static_cast<T*>(p.states) + (unit_of(i) * c.values + first + column) * c.row;
-    for_state(state, c.row, values,
-              [&](int key, int value, float x) { narrow(x, to[int64_t{value} * c.row + key]); });
-  }
-
-  __device__ __forceinline__ void decay_state(const float* totals) {
-    const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int block = 0; block < kDim / 8; ++block) {
+    for (int half = 0; half < 2; ++half) {
+      const int value = lane / 4 + 8 * half;
+      if (value >= values) continue;
+      T* const row = to + int64_t{value} * c.row + key;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int key = 8 * block + lane % 4 * 2 + e % 2;
-        if (key < c.key_row) state.c[0][block][e] *= totals[key];
+      for (int block = 0; block < kDim / 8; ++block) {
+        const float* const pair = state.c[0][block] + 2 * half;
+        if (8 * block + key < c.row) store_pair(row + 8 * block, pair[0], pair[1]);
       }
     }
   }
 
   // Stores columns times factors of theirs, or as they are, as rows of [B, T, HV, V]; if wanted.
-  __device__ __forceinline__ void store_columns(const Columns& x, void* data, int64_t i,
-                                                const float* factors) const {
+  // They take the place of the warp's columns of v.
+  __device__ __forceinline__ void store_columns(const Columns& x, const Tile& v, void* data,
+                                                int64_t i, const float* factors) const {
     if (!data) return;
-    const ChunkOf chunk = chunk_at(i);
     const int lane = threadIdx.x % 32;
-    const int64_t token = chunk.batch * c.sequences.tokens + chunk.begin;
-    T* const to = static_cast<T*>(data) + (token * c.heads + head) * c.values + first + column;
+    __syncwarp();
 #pragma unroll
     for (int e = 0; e < kTokens / 2; ++e) {
       const int row = e / 4 * 8 + lane % 4 * 2 + e % 2, value = lane / 4 + e / 2 % 2 * 8;
-      if (row >= chunk.count || value >= values) continue;
       const float factor = factors ? factors[row] : 1.f;
-      narrow(x.c[0][e / 4][e % 4] * factor, to[row * (int64_t{c.heads} * c.values) + value]);
+      narrow(x.c[0][e / 4][e % 4] * factor, *v.element<T>(row, column + value));
+    }
+    __syncwarp();
+    constexpr int kPart = 16 / sizeof(T), kParts = kWarpValues / kPart;  // of a row
+    const ChunkOf chunk = chunk_at(i);
+    const int64_t token = chunk.batch * c.sequences.tokens + chunk.begin;
+    const int value = lane % kParts * kPart, stride = c.heads * c.values;
+    T* const to =
+        static_cast<T*>(data) + (token * c.heads + head) * c.values + first + column + value;
+    const bool whole = c.values % kPart == 0;
+    if (value >= values) return;
+    for (int row = lane / kParts; row < chunk.count; row += 32 / kParts) {
+      const auto part =
+          *reinterpret_cast<const Chunk<T, kPart>*>(v.chunk(row, (column + value) / kPart));
+      T* const row_part = to + int64_t{row} * stride;
+      if (whole) {
+        *reinterpret_cast<Chunk<T, kPart>*>(row_part) = part;
+      } else {
+        for (int e = 0; e < kPart && value + e < values; ++e) row_part[e] = part.elements[e];
+      }
     }
   }
 
@@ -365,19 +384,19 @@ __global__ void __launch_bounds__(32 * kWalkWarps, 1) walk_chunks(const WalkPara
       scale_columns(erased, tiles.factors + kTokens);
       scale_columns(u, tiles.factors + 3 * kTokens);
       add(u, erased);
-      solve_columns(u, tiles.solve);
+      solve_columns<typename W::Solved>(u, tiles.solve);
     }
-    walk.store_columns(u, p.us, i, nullptr);
+    walk.store_columns(u, tiles.v, p.us, i, nullptr);
     if (p.out) {
       typename W::Columns out;
       out.clear();
       multiply_transposed<T>(out, walk.state, tiles.reads, walk.steps);
       scale_columns(out, tiles.factors);
       multiply_transposed<T, true>(out, u, tiles.scores, kTokens / W::kDepth);
-      walk.store_columns(out, p.out, i,
+      walk.store_columns(out, tiles.v, p.out, i,
                          p.inverse ? p.inverse + walk.unit_of(i) * kTokens : nullptr);
     }
-    walk.decay_state(tiles.totals);
+    scale_columns(walk.state, tiles.totals);
     scale_columns(u, tiles.factors + 2 * kTokens);
     multiply_columns<T>(walk.state, u, tiles.writes, 0, 0, p.c.keys);
   });
@@ -403,10 +422,10 @@ __global__ void __launch_bounds__(32 * kWalkWarps, 1) walk_back(const WalkParams
     multiply_transposed<T>(du, walk.state, tiles.writes, walk.steps);
     scale_columns(du, tiles.factors + 2 * kTokens);
     multiply_columns<T>(du, dout, tiles.scores, 0, 0, kTokens);
-    if (delta) solve_columns_back(du, tiles.solve);
-    walk.store_columns(du, p.us, i, nullptr);
-    walk.store_columns(du, p.out, i, delta ? tiles.factors + 3 * kTokens : nullptr);
-    walk.decay_state(tiles.totals);
+    if (delta) solve_columns_back<typename W::Solved>(du, tiles.solve);
+    walk.store_columns(du, tiles.v, p.us, i, nullptr);
+    walk.store_columns(du, tiles.v, p.out, i, delta ? tiles.factors + 3 * kTokens : nullptr);
+    scale_columns(walk.state, tiles.totals);
     scale_columns(dout, tiles.factors);
     multiply_columns<T>(walk.state, dout, tiles.reads, 0, 0, p.c.keys);
     if (!delta) return;
