@@ -24,13 +24,33 @@ CHUNK = 64
 
 
 def calls(function: Callable, x: Inputs, grad: Tensor | None) -> Callable:
-    """Calls of the function; with the gradient of its result, those of all its tensors."""
+    """Calls of the function; with the gradient of its result, those of all its tensors, which are
+    compared in its dtype."""
 
     def run():
         if grad is None:
             return function(**x)
         leaves = {name: t.detach().requires_grad_() for name, t in x.items()}
-        return torch.autograd.grad(function(**leaves), list(leaves.values()), grad)
+        grads = torch.autograd.grad(function(**leaves), list(leaves.values()), grad)
+        return lambda: [t.to(grad.dtype) for t in grads]
+
+    return run
+
+
+def channels_first(
+    function: Callable, x: Inputs, grad: Tensor | None, names: Sequence[str]
+) -> Callable:
+    """The same of a function that has its result, and the named tensors, with tokens last."""
+    there = {n: t.movedim(1, -1).contiguous() if n in names else t for n, t in x.items()}
+    run_there = calls(function, there, None if grad is None else grad.movedim(1, -1).contiguous())
+
+    def run():
+        results = run_there()
+        if grad is None:
+            return lambda: results.movedim(-1, 1)
+        return lambda: [
+            t.movedim(-1, 1) if name in names else t for name, t in zip(x, results(), strict=True)
+        ]
 
     return run
 
@@ -39,6 +59,13 @@ def against(adapters: Sequence[Callable], x: Inputs, grad: Tensor | None) -> dic
     """Calls of what adapters return as functions of tensors."""
     found = peers.among(adapters, x)
     return {name: calls(function, x, grad) for name, function in found.items()}
+
+
+def traffic(x: Inputs, out: Tensor, grad: Tensor | None) -> int:
+    """Bytes of the tensors, read, and of the result, written; backward, all of them read again,
+    and the gradients written."""
+    read = sum(t.nbytes for t in x.values())
+    return read + out.nbytes + (0 if grad is None else 2 * read + out.nbytes)
 
 
 def first(op: Callable) -> Callable:
@@ -73,6 +100,7 @@ def matrices(
     gates: str | None,
     tokens: int,
     *,
+    batch: int = 1,
     heads: int = 8,
     dim: int = 128,
     dtype: torch.dtype = F32,
@@ -80,26 +108,33 @@ def matrices(
     slow: bool = False,
 ) -> Case:
     """Gates of "heads" or "channels", or none; with slow peers, for short forwards. Whatever the
-    dtype, sums and products are float32, and so are the matrix products they are held against."""
-    q, k, v, dout = torch.randn(4, 1, tokens, heads, dim)
+    dtype, on a CPU sums and products are float32, and so are the matrix products they are held
+    against."""
+    q, k, v, dout = torch.randn(4, batch, tokens, heads, dim)
     x = {"q": F.normalize(q, dim=-1), "k": F.normalize(k, dim=-1), "v": v}
     if op is memkernels.delta_rule:
-        x["beta"] = torch.rand(1, tokens, heads)
+        x["beta"] = torch.rand(batch, tokens, heads)
     x = {name: t.to(dtype) for name, t in x.items()}
     if gates:
         x["g"] = -0.01 - torch.rand(q.shape if gates == "channels" else q.shape[:-1]) / 10
     grad = dout.to(dtype) if backward else None
-    theirs = against([scan_peers.fla_naive], x, grad)
-    if not backward:
+    on_cpu = v.is_cpu
+    theirs = against([scan_peers.fla_naive if on_cpu else scan_peers.fla_chunks], x, grad)
+    if on_cpu and not backward:
         theirs |= peers.among([scan_peers.onnx_scan, scan_peers.vllm_scan], x)
     if slow:
         theirs |= against([scan_peers.by_token], x, None)
     return Case(
-        f"{op.__name__} {short(dtype)} {tokens} x {heads} x {dim}"
+        f"{op.__name__} {short(dtype)} "
+        + (f"{batch} x " if batch > 1 else "")
+        + f"{tokens} x {heads} x {dim}"
         + (f", decay of {gates}" if gates else "")
         + (f", {BACKWARD}" if backward else ""),
         calls(first(op), x, grad),
-        {"matmul f32": products(x, backward=backward)},
+        {
+            f"matmul {'f32' if on_cpu else short(dtype)}": products(x, backward=backward),
+            "read": traffic(x, x["v"], grad),
+        },
         theirs,
     )
 
@@ -107,12 +142,20 @@ def matrices(
 # ---- channels ------------------------------------------------------------------------------------
 
 
-def selective(tokens: int, channels: int, states: int, *, backward: bool) -> Case:
+def selective(
+    tokens: int,
+    channels: int,
+    states: int,
+    *,
+    batch: int = 1,
+    dtype: torch.dtype = F32,
+    backward: bool,
+) -> Case:
     """As Mamba calls it. Flops are those of each state of each token without the exponential, which
     all peers share: 6 (decay, input, update, output); backward 4 of them again, and 15 of the
     gradients of h, a, the input, A, B, C and delta."""
-    u, delta, z, dout = torch.randn(4, 1, tokens, channels)
-    B, C = torch.randn(2, 1, tokens, 1, states)
+    u, delta, z, dout = torch.randn(4, batch, tokens, channels).to(dtype)
+    B, C = torch.randn(2, batch, tokens, 1, states).to(dtype)
     x = {
         "u": u,
         "delta": delta,
@@ -125,16 +168,27 @@ def selective(tokens: int, channels: int, states: int, *, backward: bool) -> Cas
     }
     grad = dout if backward else None
     ours = partial(memkernels.selective_scan, delta_softplus=True)
-    others = against((scan_peers.selective_scan, scan_peers.selective_mambapy), x, grad)
-    if not backward:  # whose autograd takes half a minute
-        others |= peers.among([scan_peers.selective_channels_first], x)
+    if u.is_cpu:
+        theirs = against((scan_peers.selective_scan, scan_peers.selective_mambapy), x, grad)
+        if not backward:  # whose autograd takes half a minute
+            theirs |= peers.among([scan_peers.selective_channels_first], x)
+        others = {"torch exp in cache, once": scan_peers.exponentials(x)}
+    else:
+        found, others = peers.among([scan_peers.selective_mamba], x), {}
+        names = "u", "delta", "B", "C", "z"
+        theirs = {name: channels_first(f, x, grad, names) for name, f in found.items()}
     return Case(
-        f"selective_scan f32 {tokens} x {channels} x {states}"
+        f"selective_scan {short(dtype)} "
+        + (f"{batch} x " if batch > 1 else "")
+        + f"{tokens} x {channels} x {states}"
         + (f", {BACKWARD}" if backward else ""),
         calls(first(ours), x, grad),
-        {"flops f32": (25 if backward else 6) * tokens * channels * states},
+        {
+            "flops f32": (25 if backward else 6) * batch * tokens * channels * states,
+            "read": traffic(x, u, grad),
+        },
+        theirs,
         others,
-        {"torch exp in cache, once": scan_peers.exponentials(x)},
     )
 
 
@@ -154,7 +208,9 @@ def diagonal(
     if dtype.is_complex:
         a = torch.polar(a, torch.randn(a.shape))
     tensors, grad = {"x": x, "a": a}, dout if backward else None
-    adapters = scan_peers.diagonal_loop, scan_peers.diagonal_mambapy, scan_peers.diagonal_assoc
+    adapters = [scan_peers.diagonal_mambapy, scan_peers.diagonal_assoc]
+    if x.is_cpu:
+        adapters.insert(0, scan_peers.diagonal_loop)
     return Case(
         f"diagonal_scan {'complex' if dtype.is_complex else short(dtype)} "
         f"{batch} x {tokens} x {channels}"
@@ -164,6 +220,11 @@ def diagonal(
         {"read": 2 * x.nbytes + a.nbytes + (3 * x.nbytes + 2 * a.nbytes if backward else 0)},
         against(adapters, tensors, grad),
     )
+
+
+def tokens_first(function: Callable) -> Callable:
+    """A function of channels-first x, whatever its strides, of x as it is."""
+    return lambda x, **others: function(x=x.mT, **others).mT
 
 
 def convolution(
@@ -177,22 +238,16 @@ def convolution(
     grad = torch.randn(x.shape).to(dtype) if backward else None
     ours = partial(memkernels.causal_conv1d, activation="silu")
     compiled = lookup_peers.compiled(scan_peers.conv_sum)
-    channels_first = calls(
-        scan_peers.conv1d,
-        tensors | {"x": x.mT.contiguous()},
-        grad.mT.contiguous() if backward else None,
-    )
-
-    def conv1d():
-        results = channels_first()
-        return (results[0].mT, *results[1:]) if backward else results.mT
-
     theirs = {
-        "torch conv1d, channels first": conv1d,
+        "torch conv1d, channels first": channels_first(scan_peers.conv1d, tensors, grad, "x"),
         "torch, a sum over taps": calls(scan_peers.conv_sum, tensors, grad),
         "torch.compile, a sum over taps": calls(compiled, tensors, grad),
     }
-    if not backward:
+    if not x.is_cpu:
+        for name, function in peers.among([scan_peers.causal_conv], tensors).items():
+            theirs[f"{name}, channels first"] = channels_first(function, tensors, grad, "x")
+            theirs[name] = calls(tokens_first(function), tensors, grad)
+    elif not backward:
         theirs |= peers.among([scan_peers.onnx_conv], tensors)
     out = torch.empty_like(x)
     return Case(
@@ -268,10 +323,10 @@ def heads_step(
         plain, vllm = scan_peers.delta_step, scan_peers.vllm_delta_step
     else:
         plain, vllm = scan_peers.linear_step, scan_peers.vllm_linear_step
+    adapters = [scan_peers.onnx_step, vllm] if v.is_cpu else [scan_peers.fla_step]
     x["g"] = -F.softplus(a)
     name = f"{op.__name__} {short(dtype)} {batch} x {heads} x {dim}, decay of heads"
     sizes = batch, heads, dim, dim
-    adapters = scan_peers.onnx_step, vllm
     return step(name, op, plain, x, *sizes, adapters=adapters, megabytes=megabytes)
 
 
@@ -291,20 +346,22 @@ def selective_step(batch: int, channels: int, states: int, *, megabytes: int) ->
         batch,
         channels,
         states,
+        adapters=[] if x["u"].is_cpu else [scan_peers.mamba_step],
         megabytes=megabytes,
     )
 
 
 def conv_step(batch: int, channels: int, *, megabytes: int) -> Case:
+    x = {"x": torch.randn(batch, channels), "weight": torch.randn(channels, 4)}
     return step(
         f"causal_conv1d_step f32 {batch} x {channels}, 4 taps, silu",
         partial(memkernels.causal_conv1d_step, activation="silu"),
         scan_peers.conv_step,
-        {"x": torch.randn(batch, channels), "weight": torch.randn(channels, 4)},
+        x,
         batch,
         channels,
         3,
-        adapters=[scan_peers.vllm_conv_step],
+        adapters=[scan_peers.vllm_conv_step if x["x"].is_cpu else scan_peers.conv_update],
         megabytes=megabytes,
     )
 
@@ -355,8 +412,8 @@ def routes(tokens: int, dim: int, choices: int, memories: int) -> Case:
 def cases(quick: bool) -> Iterator[Case]:
     if quick:
         yield from quick_cases()
-    elif not _measure.on_gpu():
-        yield from full_cases()
+    else:
+        yield from gpu_cases() if _measure.on_gpu() else full_cases()
 
 
 def full_cases() -> Iterator[Case]:
@@ -391,6 +448,38 @@ def full_cases() -> Iterator[Case]:
         yield features("taylor2", 4096, 16, 16, backward=backward)
         yield features("dpfp", 4096, 8, 64, backward=backward)
     yield routes(8192, 1024, 2, 8)
+
+
+def gpu_cases() -> Iterator[Case]:
+    """Sizes that fill a large GPU, and that its caches cannot hold."""
+    delta, linear = memkernels.delta_rule, memkernels.linear_attention
+    for batch, tokens, heads in (1, 8192, 96), (8, 2048, 16):
+        for op, gates in itertools.product((delta, linear), ("heads", "channels")):
+            for backward in (False, True):
+                sizes = {"batch": batch, "heads": heads, "dtype": BF16}
+                yield matrices(op, gates, tokens, backward=backward, **sizes)
+    yield matrices(delta, None, 8192, heads=96, dtype=BF16)
+    yield matrices(delta, "heads", 8192, heads=96)
+    for batch, tokens in (8, 2048), (1, 16384):
+        for backward in (False, True):
+            sizes = {"batch": batch, "dtype": BF16}
+            yield selective(tokens, 4096, 16, backward=backward, **sizes)
+    for op in memkernels.linear_attention_step, memkernels.delta_rule_step:
+        for batch, heads in (256, 32), (1, 32), (1, 8):
+            yield heads_step(op, batch, heads, 128, dtype=BF16, megabytes=1024)
+    yield selective_step(1024, 8192, 16, megabytes=1024)
+    yield conv_step(4096, 8192, megabytes=1024)
+    for dtype in BF16, F32:
+        for backward in (False, True):
+            yield convolution(8, 4096, 4096, dtype=dtype, backward=backward)
+    for backward in (False, True):
+        yield diagonal(8, 4096, 4096, backward=backward)
+    yield diagonal(8, 4096, 4096, dtype=BF16)
+    yield diagonal(4, 4096, 4096, dtype=torch.complex64, constant=True)
+    for backward in (False, True):
+        yield features("taylor2", 65536, 16, 16, backward=backward)
+        yield features("dpfp", 65536, 8, 64, backward=backward)
+    yield routes(65536, 1024, 2, 8)
 
 
 def quick_cases() -> Iterator[Case]:

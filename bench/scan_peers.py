@@ -55,28 +55,42 @@ def decay(state: Tensor, g: Tensor) -> Tensor:
 
 def fla(module: str, name: str) -> Callable:
     package = "flash-linear-attention (pip install --no-deps fla-core triton einops)"
-    return installed(package, f"fla.ops.{module}.naive", name)
+    return installed(package, f"fla.ops.{module}", name)
+
+
+def fla_chunks(x: Inputs) -> dict[str, Callable]:
+    """Its Triton kernels, of a GPU."""
+    names = {
+        (False, 3): ("simple_gla", "chunk_simple_gla"),
+        (False, 4): ("gla", "chunk_gla"),
+        (True, 0): ("delta_rule", "chunk_delta_rule"),
+        (True, 3): ("gated_delta_rule", "chunk_gated_delta_rule"),
+        (True, 4): ("kda", "chunk_kda"),
+    }
+    module, name = names["beta" in x, x["g"].ndim if "g" in x else 0]
+    chunks = fla(module, name)
+    return {f"fla {name}": lambda **x: chunks(**x)[0]}
 
 
 def fla_naive(x: Inputs) -> dict[str, Callable]:
     """Its plain torch: it has no other kernels without a GPU."""
     g = x.get("g")
     if "beta" not in x and g.ndim == 4:
-        recurrent = fla("gla", "naive_recurrent_gla")
+        recurrent = fla("gla.naive", "naive_recurrent_gla")
         return {"fla naive, token by token": lambda q, k, v, g: recurrent(q, k, v, g)[0]}
     if "beta" not in x:
-        chunks = fla("simple_gla", "naive_chunk_simple_gla")
+        chunks = fla("simple_gla.naive", "naive_chunk_simple_gla")
     elif g is None:
-        heads_first = fla("delta_rule", "delta_rule_chunkwise")
+        heads_first = fla("delta_rule.naive", "delta_rule_chunkwise")
 
         def chunks(**x):
             out, state = heads_first(**{name: t.transpose(1, 2) for name, t in x.items()})
             return out.transpose(1, 2), state
 
     elif g.ndim == 3:
-        chunks = fla("gated_delta_rule", "naive_chunk_gated_delta_rule")
+        chunks = fla("gated_delta_rule.naive", "naive_chunk_gated_delta_rule")
     else:
-        chunks = fla("kda", "naive_chunk_kda")
+        chunks = fla("kda.naive", "naive_chunk_kda")
     return {"fla naive, chunks": lambda **x: chunks(**x)[0]}
 
 
@@ -215,6 +229,16 @@ def selective_mambapy(x: Inputs) -> dict[str, Callable]:
     return {"mambapy pscan": selective(mambapy())}
 
 
+def mamba(module: str, name: str) -> Callable:
+    return installed("mamba (pip install mamba-ssm)", f"mamba_ssm.ops.{module}", name)
+
+
+def selective_mamba(x: Inputs) -> dict[str, Callable]:
+    """Of channels-first tensors."""
+    scan = mamba("selective_scan_interface", "selective_scan_fn")
+    return {"mamba selective_scan": lambda **x: scan(**x, delta_softplus=True)}
+
+
 def exponentials(x: Inputs) -> Peer:
     """As many exponentials as there are decays, of arguments that stay in the cache."""
     channels, states = x["A"].shape
@@ -270,6 +294,16 @@ def conv_sum(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(y).to(x.dtype)
 
 
+def causal_conv(x: Inputs) -> dict[str, Callable]:
+    """Of channels-first x."""
+    conv = causal_conv1d("causal_conv1d_fn")
+    return {"causal-conv1d": lambda x, weight, bias: conv(x, weight, bias, activation="silu")}
+
+
+def causal_conv1d(name: str) -> Callable:
+    return installed("causal-conv1d (pip install causal-conv1d)", "causal_conv1d", name)
+
+
 def onnx_conv(x: Inputs) -> dict[str, Peer]:
     if x["x"].dtype == torch.bfloat16:
         raise Absent("ONNX Runtime CausalConvWithState: no bf16 on a CPU")
@@ -304,8 +338,10 @@ def onnx_conv(x: Inputs) -> dict[str, Peer]:
 
 def linear_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One token in plain torch, in place."""
+    dtype = q.dtype
+    q, k, v = q.float(), k.float(), v.float()
     state.mul_(decay(state, g)).addcmul_(*outer(k, v))
-    return times(state, q) * q.shape[-1] ** -0.5, state
+    return (times(state, q) * q.shape[-1] ** -0.5).to(dtype), state
 
 
 def delta_step(
@@ -331,6 +367,33 @@ def conv_step(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, Tensor]
     window = torch.cat([state, x[..., None]], -1)
     state.copy_(window[..., 1:])
     return F.silu((window * weight).sum(-1)), state
+
+
+def fla_step(x: Inputs, states: list[Tensor]) -> dict[str, Callable]:
+    """Its scans of one token, whose new states lie elsewhere."""
+    module = "gated_delta_rule" if "beta" in x else "simple_gla"
+    scan = fla(module, f"fused_recurrent_{module}")
+    token = {name: t[:, None] for name, t in x.items()}
+
+    def run(state):
+        out, state = scan(**token, initial_state=state, output_final_state=True)
+        return out.squeeze(1), state
+
+    return {f"fla fused_recurrent_{module}": run}
+
+
+def mamba_step(x: Inputs, states: list[Tensor]) -> dict[str, Callable]:
+    op = mamba("triton.selective_state_update", "selective_state_update")
+    return {"mamba selective_state_update": lambda state: (op(state, *x.values()), state)}
+
+
+def conv_update(x: Inputs, states: list[Tensor]) -> dict[str, Callable]:
+    op = causal_conv1d("causal_conv1d_update")
+
+    def run(state):
+        return op(x["x"], state, x["weight"], activation="silu"), state
+
+    return {"causal-conv1d update": run}
 
 
 def onnx_step(x: Inputs, states: list[Tensor]) -> dict[str, Callable]:

@@ -52,6 +52,9 @@ int64_t num_features(const char* op, FeatureKind kind, int64_t dim, int64_t nu) 
 void feature_map(const FeatureMapArgs& a, const Context& ctx) {
   constexpr char op[] = "feature_map";
   check_input(op, a);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) return cuda::feature_map(a, ctx);
+#endif
   for_rows(op, a, ctx,
            [&](const FeatureMapKernel& kernel, int64_t features, int64_t begin, int64_t end,
                void* scratch) { kernel.forward(a, features, begin, end, scratch); });
@@ -69,6 +72,9 @@ void feature_map_backward(const FeatureMapArgs& a, const FeatureMapGrads& g, con
   check_dtype(op, "dout", g.dout, a.x.dtype);
   check_device(op, "dout", g.dout, a.x.device);
   check_rows_contiguous(op, "dout", g.dout);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) return cuda::feature_map_backward(a, g, ctx);
+#endif
   for_rows(op, a, ctx,
            [&](const FeatureMapKernel& kernel, int64_t features, int64_t begin, int64_t end,
                void* scratch) { kernel.backward(a, g, features, begin, end, scratch); });

@@ -31,6 +31,12 @@ struct FeatureMapGrads {
 void feature_map_backward(const FeatureMapArgs& args, const FeatureMapGrads& grads,
                           const Context& ctx);
 
+namespace cuda {  // of checked ones
+void feature_map(const FeatureMapArgs& args, const Context& ctx);
+void feature_map_backward(const FeatureMapArgs& args, const FeatureMapGrads& grads,
+                          const Context& ctx);
+}  // namespace cuda
+
 // Of rows [begin, end) of all.
 struct FeatureMapKernel {
   size_t (*scratch_bytes)(int64_t dim, int64_t features);

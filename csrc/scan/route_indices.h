@@ -15,7 +15,10 @@ struct RouteArgs {
   TensorView inverse;     // [T, r] int64: the row of each choice, or -1
 };
 
-// On the calling thread: what costs is to move the rows.
+// On a CPU on the calling thread: what costs is to move the rows.
 void route_indices(const char* op, const RouteArgs& args, const Context& ctx);
+namespace cuda {  // of checked ones, but for what expert_ids hold
+void route_indices(const char* op, const RouteArgs& args, const Context& ctx);
+}
 
 }  // namespace memkernels::scan

@@ -80,6 +80,9 @@ void check_inputs(const char* op, const StateStepArgs& a, const Context& ctx) {
 
 void state_step(const char* op, const StateStepArgs& a, const Context& ctx) {
   check_inputs(op, a, ctx);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) return cuda::state_step(op, a, ctx);
+#endif
   const int64_t batch = a.v.shape[0], values = a.v.shape[2];
   const int64_t heads = batch * a.v.shape[1];
   if (heads == 0 || values == 0) return;

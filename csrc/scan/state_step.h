@@ -24,6 +24,9 @@ struct StateStepArgs {
 };
 
 void state_step(const char* op, const StateStepArgs& args, const Context& ctx);
+namespace cuda {  // of checked ones
+void state_step(const char* op, const StateStepArgs& args, const Context& ctx);
+}
 
 struct StateStepKernel {
   size_t (*scratch_bytes)(const StateStepArgs&);
