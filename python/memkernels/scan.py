@@ -48,7 +48,8 @@ def linear_attention(
     them.
 
     Args:
-        q, k: ``[B, T, H, K]``; float32, bfloat16, float16, or float64 on the CPU.
+        q, k: ``[B, T, H, K]``, on CUDA K up to 256; float32, bfloat16, float16, or float64 on the
+            CPU.
         v: ``[B, T, HV, V]``, HV a multiple of H: value head h reads query head ``h // (HV / H)``.
         g: log decay, ``[HV]``, ``[B, T, HV]`` or ``[B, T, HV, K]``, float32 or the dtype of q;
             -inf forgets everything before the token. None: no decay.
@@ -66,11 +67,11 @@ def linear_attention(
         ``[N, HV, K, V]``; and z ``[N, HV, K]``, if also normalize.
 
     Sums are float32 (float64). Of bfloat16, a CPU with AVX512-BF16 rounds what matrix products
-    take to it, the state included, as GPUs do; the state itself stays float32.
+    take to it, the state included, as GPUs do, of float16 too; the state itself stays float32.
 
     Differentiable once in q, k, v, g and the initial states, through the final ones too. The
     backward recomputes what it needs from the states at the starts of chunks, of one head a worker
-    at a time. Raises RuntimeError on arguments that contradict the above.
+    at a time, on CUDA of all at once: a state for every 64 tokens or fewer, and its gradient. Raises RuntimeError on arguments that contradict the above.
     """
     tensors = q, k, v, g, initial_state, initial_z, cu_seqlens
     scale = _scale("linear_attention", scale, k)
@@ -106,7 +107,8 @@ def delta_rule(
     and beta may reach 2.
 
     Args:
-        q, k: ``[B, T, H, K]``; float32, bfloat16, float16, or float64 on the CPU.
+        q, k: ``[B, T, H, K]``, on CUDA K up to 256; float32, bfloat16, float16, or float64 on the
+            CPU.
         v: ``[B, T, HV, V]``, HV a multiple of H: value head h reads query head ``h // (HV / H)``.
         beta: ``[B, T, HV]``, float32 or the dtype of q.
         g: log decay, ``[HV]``, ``[B, T, HV]`` or ``[B, T, HV, K]``, float32 or the dtype of q;
