@@ -94,6 +94,24 @@ def test_constant_decays_are_those_of_every_token(scan_ops):
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("length", [60, 1100])
+def test_products_of_decays_make_nothing_that_steps_do_not(scan_ops, length):
+    """Tiny ones leave infinity what it is, and huge ones 0; exact zeros make it NaN."""
+    a = torch.tensor([1e-30, -1e-30, 0.5, 1e30, -1e30, 1e-30])
+    start = torch.tensor([[torch.inf, torch.inf, torch.inf, 0, 0, torch.inf]])
+    every = a.repeat(1, length, 1)
+    every[0, 40, 5] = 0
+    x = torch.zeros(1, length, 6)
+    h, state = scan_ops.diagonal_scan(x, every, start, output_final_state=True)
+    assert h[0, :, [0, 2]].isposinf().all() and not h[0, :, 3:5].any()
+    assert h[0, ::2, 1].isneginf().all() and h[0, 1::2, 1].isposinf().all()
+    assert h[0, :40, 5].isposinf().all() and h[0, 40:, 5].isnan().all()
+    assert_same_bits(state, h[:, -1])
+    if length == 60:
+        h, _ = scan_ops.diagonal_scan(x[..., :5], a[:5], start[:, :5])
+        assert_same_bits(h, scan_ops.diagonal_scan(x, every, start)[0][..., :5])
+
+
 # ---- resets --------------------------------------------------------------------------------------
 
 

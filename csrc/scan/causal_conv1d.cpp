@@ -6,7 +6,6 @@
 
 #include "core/check.h"
 #include "core/memory.h"
-#include "scan/sequences.h"
 
 namespace memkernels::scan {
 
@@ -100,6 +99,9 @@ void causal_conv1d(const CausalConvArgs& a, const Context& ctx) {
   const Sequences sequences = check_inputs(op, a, ctx);
   const int64_t channels = a.x.shape[2];
   if (channels == 0) return;
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) return cuda::causal_conv1d(a, sequences, ctx);
+#endif
   const CausalConvKernel kernel = kernel_for(a);
   const std::vector<ConvRun> runs = runs_of(sequences, a.dilation, false);
   constexpr int64_t kChannels = 512;
@@ -136,6 +138,11 @@ void causal_conv1d_backward(const CausalConvArgs& a, const CausalConvGrads& g, c
   check_rows_contiguous(op, "dout", g.dout);
   check_state(op, "dstate", g.dstate, a, sequences.count);
   if (channels == 0) return;
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    return cuda::causal_conv1d_backward(a, g, sequences, ctx);
+  }
+#endif
 
   const CausalConvKernel kernel = kernel_for(a);
   const std::vector<ConvRun> runs =
@@ -189,6 +196,9 @@ void causal_conv1d_step(const CausalConvStepArgs& a, const Context& ctx) {
     check_apart(op, "state", a.state, arg, *t);
   }
   check_state_indices(op, a.state_indices, batch, slots, ctx);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) return cuda::causal_conv1d_step(a, ctx);
+#endif
   std::vector<int64_t> places(batch);
   for (int64_t row = 0; row < batch; ++row) places[row] = slot_of(a.state_indices, row);
 

@@ -6,6 +6,7 @@
 #include "core/context.h"
 #include "core/isa.h"
 #include "core/tensor.h"
+#include "scan/sequences.h"
 
 namespace memkernels::scan {
 
@@ -53,6 +54,13 @@ struct CausalConvStepArgs {
 };
 
 void causal_conv1d_step(const CausalConvStepArgs& args, const Context& ctx);
+
+namespace cuda {  // of checked ones
+void causal_conv1d(const CausalConvArgs& args, const Sequences& sequences, const Context& ctx);
+void causal_conv1d_backward(const CausalConvArgs& args, const CausalConvGrads& grads,
+                            const Sequences& sequences, const Context& ctx);
+void causal_conv1d_step(const CausalConvStepArgs& args, const Context& ctx);
+}  // namespace cuda
 
 // Tokens that lie a dilation apart are a sequence of their own, of a dilation of 1. A run of them:
 struct ConvRun {

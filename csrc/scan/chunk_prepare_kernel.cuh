@@ -1,8 +1,7 @@
 // What the tokens of a chunk have to do with one another, whatever the state and V; names as in
 // chunk_cpu.h, of whose products of decays this makes the same use.
 //
-// A block a chunk and value head, a warp for 16 rows of scores. Cost: 4 C K flops a token and head,
-// 8 with a decay of each channel.
+// A block a chunk and value head, a warp for 16 rows of scores. Cost: 4 C K flops a token and head.
 #pragma once
 
 #include "scan/chunk_kernel.cuh"
@@ -36,25 +35,47 @@ __device__ __forceinline__ void find_norms(float* norms, const Tile& tile, int d
   }
 }
 
-// In place of blocks on the diagonal, the inverses of I minus them. A thread a column.
+// The decays of a chunk's tokens: exp(g), or 1.
+template <class T, int kTokens>
+__device__ __forceinline__ void read_gates(float* gate, const ChunkParams& p, const ChunkOf& chunk,
+                                           int head) {
+  const int i = threadIdx.x;
+  if (i >= kTokens) return;
+  const bool decays = i < chunk.count && p.g.rows.data;
+  gate[i] = decays ? expf(gate_at<T>(p.g, chunk.batch, chunk.begin + i, head)) : 1.f;
+}
+
+// From the diagonal down.
 template <int kTokens>
-__device__ __forceinline__ void invert_blocks(float* solve) {
-  constexpr int kPitch = PrepareShape<kTokens>::kPitch;
+__device__ __forceinline__ void find_mask(float* mask, const float* gate) {
+  const int j = threadIdx.x;
+  if (j >= kTokens) return;
+  float m = 1.f;
+  for (int i = j; i < kTokens; ++i) {
+    if (i > j) m *= gate[i];
+    mask[i * PrepareShape<kTokens>::kPitch + j] = m;
+  }
+}
+
+// In place of blocks on the diagonal, the inverses of I minus them. A thread a column; rows are
+// `pitch` apart, and blocks `stride`.
+template <int kTokens>
+__device__ __forceinline__ void invert_blocks(float* blocks, int pitch, int stride) {
   const int column = threadIdx.x;
-  float* const block = solve + column / kBlock * kBlock * (kPitch + 1);
+  float* const block = blocks + column / kBlock * stride;
   float x[kBlock];
   if (column < kTokens) {
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
       x[i] = i == column % kBlock ? 1.f : 0.f;
 #pragma unroll
-      for (int j = 0; j < i; ++j) x[i] += block[i * kPitch + j] * x[j];
+      for (int j = 0; j < i; ++j) x[i] += block[i * pitch + j] * x[j];
     }
   }
   __syncthreads();
   if (column >= kTokens) return;
 #pragma unroll
-  for (int i = 0; i < kBlock; ++i) block[i * kPitch + column % kBlock] = x[i];
+  for (int i = 0; i < kBlock; ++i) block[i * pitch + column % kBlock] = x[i];
 }
 
 // Scores, what is to be solved, factors and totals of one decay a token.
@@ -85,23 +106,16 @@ __global__ void __launch_bounds__(PrepareShape<kTokens>::kThreads, 1)
   copy_rows<T>(k, kTokens, chunk.count, row_at<T>(p.k, chunk.batch, chunk.begin, head / p.group),
                p.k.token_stride, p.keys, p.qk_aligned);
   commit_copies();
+  read_gates<T, kTokens>(gate, p, chunk, head);
   if (tid < kTokens) {
     const bool inside = tid < chunk.count;
-    const bool decays = inside && p.g.rows.data;
-    gate[tid] = decays ? expf(gate_at<T>(p.g, chunk.batch, chunk.begin + tid, head)) : 1.f;
     beta[tid] = inside && delta ? gate_at<T>(p.beta, chunk.batch, chunk.begin + tid, head) : 0.f;
   }
   wait_copies<0>();
   __syncthreads();
   find_norms<T, kTokens>(q_norm, q, p.keys, p.qk_l2norm);
   find_norms<T, kTokens>(k_norm, k, p.keys, p.qk_l2norm);
-  if (tid < kTokens) {
-    float m = 1.f;
-    for (int i = tid; i < kTokens; ++i) {
-      if (i > tid) m *= gate[i];
-      mask[i * kPitch + tid] = m;
-    }
-  }
+  find_mask<kTokens>(mask, gate);
   const int steps = (p.keys * static_cast<int>(sizeof(T)) + 31) / 32, first_row = tid / 32 * 16;
   Sums<1, kTokens / 8> scores, keys;
   scores.clear();
@@ -148,7 +162,7 @@ __global__ void __launch_bounds__(PrepareShape<kTokens>::kThreads, 1)
   }
   if (!delta) return;
   __syncthreads();
-  invert_blocks<kTokens>(solve);
+  invert_blocks<kTokens>(solve, kPitch, kBlock * (kPitch + 1));
   __syncthreads();
   for (int i = tid; i < kTokens * kTokens; i += blockDim.x) {
     p.prepared.solve[unit * kTokens * kTokens + i] = solve[i / kTokens * kPitch + i % kTokens];

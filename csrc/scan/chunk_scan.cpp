@@ -121,6 +121,11 @@ void chunk_scan_backward(const char* op, ChunkScanArgs a, const ChunkScanGrads& 
     check_contiguous(op, "dz", g.dz);
   }
   if (pairs == 0) return;
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) {
+    return cuda::chunk_scan_backward(op, a, g, sequences, ctx);
+  }
+#endif
   const ChunkScanBackwardKernel kernel =
       MEMKERNELS_CPU(isa_for(a.q.dtype), chunk_scan_backward_kernel)(a.q.dtype);
   const int workers = attention::workers_for(ctx, 3 * multiply_adds(a));

@@ -5,28 +5,11 @@
 
 #include "scan/chunk_normalizer_kernel.cuh"
 #include "scan/chunk_pass_kernel.cuh"
+#include "scan/chunk_prepare_channels_kernel.cuh"
 #include "scan/chunk_prepare_kernel.cuh"
 #include "scan/chunk_walk_kernel.cuh"
 
 namespace memkernels::scan::cuda {
-
-namespace {
-
-// Calls run(T, integral constant of what K is rounded up to).
-template <class Run>
-void with_shape(Dtype dtype, int64_t keys, const Run& run) {
-  with_type(dtype, [&](auto type) {
-    if (keys <= 64) {
-      run(type, std::integral_constant<int, 64>());
-    } else if (keys <= 128) {
-      run(type, std::integral_constant<int, 128>());
-    } else {
-      run(type, std::integral_constant<int, kMostKeys>());
-    }
-  });
-}
-
-}  // namespace
 
 ChunkParams prepare(const char* op, const ChunkScanArgs& a, const Sequences& sequences,
                     const Context& ctx) {
@@ -68,8 +51,13 @@ ChunkParams prepare(const char* op, const ChunkScanArgs& a, const Sequences& seq
     if (p.channels || !p.qk_aligned) {
       p.prepared.rows = allocate(3 * kTokens * p.row * sizeof(T));
     }
-    launch(op, ctx, prepare_chunks<T, kTokens>, units, PrepareShape<kTokens>::kThreads,
-           prepare_bytes<T, kTokens>(p), p);
+    if (p.channels) {
+      launch(op, ctx, prepare_channel_chunks<T, kTokens>, units, kChannelThreads,
+             prepare_channels_bytes<T, kTokens>(p), p);
+    } else {
+      launch(op, ctx, prepare_chunks<T, kTokens>, units, PrepareShape<kTokens>::kThreads,
+             prepare_bytes<T, kTokens>(p), p);
+    }
   });
   return p;
 }
@@ -149,12 +137,13 @@ void walk(const char* op, WalkParams p, bool back, Dtype dtype, const float*& tr
 }
 
 const float* normalizers(const char* op, const ChunkScanArgs& a, const ChunkParams& c,
-                         const Context& ctx) {
+                         const Context& ctx, float* zs) {
   NormalizerParams p{};
   p.c = c;
   p.initial_z = state_rows(a.initial_z);
   p.z = static_cast<float*>(a.z.data);
   p.eps = static_cast<float>(a.eps);
+  p.zs = zs;
   with_shape(a.q.dtype, c.keys, [&](auto type, auto dim) {
     using T = decltype(type);
     constexpr int kTokens = chunk_tokens(sizeof(T), dim);

@@ -1,6 +1,8 @@
 // What the CUDA kernels of the chunk engine read and leave to one another.
 #pragma once
 
+#include <type_traits>
+
 #include "core/cuda/launch.h"
 #include "scan/chunk_scan.h"
 #include "scan/sequences.cuh"
@@ -91,13 +93,28 @@ struct NormalizerParams {
   float* z;             // [N, HV, K], or absent
   float eps;
   float* inverse;  // [chunk, head][tokens]
+  float* zs;       // [chunk, head][key_row] z before each chunk, or absent
+};
+
+struct NormalizerGradParams {
+  ChunkParams c;
+  const void *dout, *out;  // T [B, T, HV, V]
+  const float* inverse;    // [chunk, head][tokens]
+  const float* dz;         // [N, HV, K] of the final z, or absent: zeros
+  // Written:
+  float* dnormalizers;  // [chunk, head][tokens]
+  float* dzs;           // [chunk, head][key_row] of z after each chunk
+  float* dinitial_z;    // [N, HV, K], or absent
 };
 
 // What the gradients of a chunk's tokens are made of, all chunks at once.
 struct ChunkGradParams {
   ChunkParams c;
+  int stages;
+  int channel_bytes;     // of shared memory for decays of channels; or none
+  bool aligned;          // rows of dout, us and dus, to 16 bytes
   const void* dout;      // T [B, T, HV, V]
-  const void *us, *dus;  // T [B, T, HV, V] U and dR
+  const void *us, *dus;  // T [B, T, HV, V] U and, read for the delta rule only, dR
   const void* states;    // T [chunk, head][V][row] S before the chunk, and
   const void* dstates;   // the gradient of S after it
   // With a normaliser:
@@ -110,6 +127,20 @@ struct ChunkGradParams {
   float* dg;      // [B, T, HV] or [B, T, HV, K]
   bool dqk_is_float;
 };
+
+// Calls run(T, integral constant of what K is rounded up to).
+template <class Run>
+void with_shape(Dtype dtype, int64_t keys, const Run& run) {
+  with_type(dtype, [&](auto type) {
+    if (keys <= 64) {
+      run(type, std::integral_constant<int, 64>());
+    } else if (keys <= 128) {
+      run(type, std::integral_constant<int, 128>());
+    } else {
+      run(type, std::integral_constant<int, kMostKeys>());
+    }
+  });
+}
 
 // [B, T, heads, dim].
 inline TokenRows token_rows(const TensorView& t) {
@@ -130,11 +161,16 @@ inline bool aligned_to_16(const TensorView& t) {
 // Computes p.prepared.
 ChunkParams prepare(const char* op, const ChunkScanArgs& a, const Sequences& sequences,
                     const Context& ctx);
-// Also the final z, if args have one.
+// Also the final z, if args have one, and where asked for, [chunk, head][key_row], z before chunks.
 const float* normalizers(const char* op, const ChunkScanArgs& a, const ChunkParams& c,
-                         const Context& ctx);
+                         const Context& ctx, float* zs = nullptr);
 // transitions: of an earlier walk, or empty.
 void walk(const char* op, WalkParams p, bool back, Dtype dtype, const float*& transitions,
           const Context& ctx);
+// Sets p.dnormalizers and p.dzs.
+void normalizer_gradients(const char* op, NormalizerGradParams& p, Dtype dtype, const Context& ctx);
+// Sets p.stages and p.aligned.
+void chunk_gradients(const char* op, ChunkGradParams& p, Dtype dtype, const Context& ctx);
+void channel_gradients(const char* op, ChunkGradParams& p, Dtype dtype, const Context& ctx);
 
 }  // namespace memkernels::scan::cuda

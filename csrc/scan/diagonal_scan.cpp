@@ -89,6 +89,9 @@ void for_pieces(const Checks& checks, const Context& ctx, const Body& body) {
 void diagonal_scan(const DiagonalScanArgs& s, const Context& ctx) {
   const Checks checks{"diagonal_scan", s.x, s.sequences.count};
   check_inputs(checks, "x", s, ctx);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) return cuda::diagonal_scan(s, ctx);
+#endif
   for_pieces(checks, ctx,
              [&](const DiagonalScanKernel& kernel, int64_t sequence, int64_t begin, int64_t end,
                  void* scratch) { kernel.forward(s, sequence, begin, end, scratch); });
@@ -100,6 +103,9 @@ void diagonal_scan_backward(const DiagonalScanArgs& s, const DiagonalScanGrads& 
   check_inputs(checks, "h", s, ctx);
   checks.of_tokens("dh", g.dh);
   checks.of_sequences("dstate", g.dstate);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) return cuda::diagonal_scan_backward(s, g, ctx);
+#endif
   for_pieces(checks, ctx,
              [&](const DiagonalScanKernel& kernel, int64_t sequence, int64_t begin, int64_t end,
                  void* scratch) { kernel.backward(s, g, sequence, begin, end, scratch); });

@@ -34,6 +34,12 @@ struct DiagonalScanGrads {
 void diagonal_scan_backward(const DiagonalScanArgs& args, const DiagonalScanGrads& grads,
                             const Context& ctx);
 
+namespace cuda {  // of checked ones
+void diagonal_scan(const DiagonalScanArgs& args, const Context& ctx);
+void diagonal_scan_backward(const DiagonalScanArgs& args, const DiagonalScanGrads& grads,
+                            const Context& ctx);
+}  // namespace cuda
+
 // Elements [begin, end) of the D (2 D, if complex) of a sequence; scratch: 3 accumulators of each.
 struct DiagonalScanKernel {
   void (*forward)(const DiagonalScanArgs&, int64_t sequence, int64_t begin, int64_t end,

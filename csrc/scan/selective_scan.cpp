@@ -99,6 +99,9 @@ int workers_for(int64_t exponentials, const Context& ctx) {
 
 void selective_scan(const SelectiveScanArgs& a, const Context& ctx) {
   check_scan("selective_scan", a, ctx);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) return cuda::selective_scan(a, ctx);
+#endif
   const int64_t tokens = a.u.shape[0] * a.u.shape[1], sequences = a.sequences.count;
   // Short sequences share a task, which lays out its part of A only once.
   constexpr int64_t kLeastTokens = 64;
@@ -128,6 +131,9 @@ void selective_scan_backward(const SelectiveScanArgs& a, const SelectiveScanGrad
   check_device(op, "dout", g.dout, a.u.device);
   check_rows_contiguous(op, "dout", g.dout);
   check_state(op, "dstate", g.dstate, a);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) return cuda::selective_scan_backward(a, g, ctx);
+#endif
 
   const int64_t dim = a.A.shape[0], states = a.A.shape[1], sequences = a.sequences.count;
   const int64_t tokens = a.u.shape[0] * a.u.shape[1], groups = a.B.shape[2];
@@ -214,6 +220,9 @@ void selective_scan_step(const SelectiveScanStepArgs& a, const Context& ctx) {
       {"C", &a.C}, {"D", &a.D},         {"z", &a.z}, {"delta_bias", &a.delta_bias}};
   for (const auto& [arg, t] : inputs) check_apart(op, "state", a.state, arg, *t);
   check_state_indices(op, a.state_indices, rows, slots, ctx);
+#ifdef MEMKERNELS_WITH_CUDA
+  if (ctx.device.type == DeviceType::cuda) return cuda::selective_scan_step(a, ctx);
+#endif
 
   const Blocks blocks(dim, a.B.shape[1]);
   constexpr int64_t kPerTask = 8;

@@ -55,6 +55,13 @@ struct SelectiveScanStepArgs {
 
 void selective_scan_step(const SelectiveScanStepArgs& args, const Context& ctx);
 
+namespace cuda {
+void selective_scan(const SelectiveScanArgs& args, const Context& ctx);
+void selective_scan_backward(const SelectiveScanArgs& args, const SelectiveScanGrads& grads,
+                             const Context& ctx);
+void selective_scan_step(const SelectiveScanStepArgs& args, const Context& ctx);
+}  // namespace cuda
+
 inline constexpr int64_t kMostStates = 256;
 
 // Channels [first, first + count) of a group: what a task has in its caches.

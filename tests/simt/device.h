@@ -256,6 +256,7 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value, SIMT_SITE) {
   return simt::reduce<simt::Greatest>("__reduce_max_sync", mask, value, SIMT_HERE);
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) {
   return static_cast<unsigned long long>(static_cast<unsigned __int128>(x) * y >> 64);
 }

@@ -36,6 +36,7 @@ inline void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t 
   simt::multiply<8, 1>("mma.tf32", c, a, b, simt::WidenTf32(), SIMT_HERE);
 }
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float reciprocal_fast(float x) { return 1 / x; }
 inline float relu(float x) { return x < 0 ? 0 : x; }
 inline float bits_to_float(uint32_t bits) { return simt::bits_as<float>(bits); }
 inline uint32_t float_to_bits(float x) { return simt::bits_as<uint32_t>(x); }

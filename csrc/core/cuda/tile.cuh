@@ -9,7 +9,7 @@
 namespace memkernels::cuda {
 
 // Bytes from row to row, for rows of that many.
-__host__ __device__ __forceinline__ int pitch_of(int64_t row_bytes) {
+__host__ __device__ __forceinline__ constexpr int pitch_of(int64_t row_bytes) {
   return static_cast<int>(row_bytes + 127) & ~127;
 }
 
@@ -218,6 +218,40 @@ __device__ __forceinline__ void load_two_blocks(float, uint32_t (&b)[2][2], cons
 __device__ __forceinline__ void load_two_blocks(Finite, uint32_t (&b)[2][2], const Tile& tile,
                                                 int row, int block) {
   load_two_blocks(0.f, b, tile, row, block);
+}
+
+// Left operands of the same order: 16 rows of a tile, at the columns of a step;
+template <class T>
+__device__ __forceinline__ void load_left(T, uint32_t (&a)[4], const Tile& tile, int row,
+                                          int step) {
+  const int lane = threadIdx.x % 32;
+  load_matrices_4(a, tile.chunk(row + lane % 16, 2 * step + lane / 16));
+}
+__device__ __forceinline__ void load_left(float, uint32_t (&a)[4], const Tile& tile, int row,
+                                          int step) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t* const pair =
+        tile.element<uint32_t>(row + 8 * half + lane / 4, 8 * step + lane % 4 * 2);
+    a[half] = pair[0], a[2 + half] = pair[1];
+  }
+}
+// or 16 columns from `column` on, at the rows of a step from `row` on.
+template <class T>
+__device__ __forceinline__ void load_left_transposed(T, uint32_t (&a)[4], const Tile& tile, int row,
+                                                     int column) {
+  const int lane = threadIdx.x % 32;
+  load_matrices_4_transposed(a,
+                             tile.chunk(row + lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2));
+}
+__device__ __forceinline__ void load_left_transposed(float, uint32_t (&a)[4], const Tile& tile,
+                                                     int row, int column) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    a[i] = *tile.element<uint32_t>(row + lane % 4 * 2 + i / 2, column + lane / 4 + i % 2 * 8);
+  }
 }
 
 // sums += X B: X the sums of another product, over its columns; B the rows of a tile from `row` on,
