@@ -9,9 +9,9 @@
 //
 // Cost of a state and token: an exponential, of which an H200 issues 16 a clock and multiprocessor,
 // and 8 instructions, of which it issues 128; but of a channel and token another 130, half of them
-// for gates and softplus. So 16 states of a million channels and tokens take 4 us of exponentials, 8 of
-// instructions, and 2 of memory for 8 bytes in bfloat16: bound by instructions. Twice as much of
-// both where cut.
+// for gates and softplus. So 16 states of a million channels and tokens take 4 us of exponentials,
+// 8 of instructions, and 2 of memory for 8 bytes in bfloat16: bound by instructions. Twice as much
+// of both where cut.
 #pragma once
 
 #include <type_traits>
