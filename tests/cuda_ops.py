@@ -276,6 +276,7 @@ def namespace() -> SimpleNamespace:
     ops = {op: functools.partial(run, op) for op in OPS}
     for op in "paged_attention", "gather_attention":
         ops[op] = functools.partial(ops[op], return_lse=True)
+    for op in "paged_attention", "gather_attention", "linear_attention", "delta_rule":
         # Three products of tf32 keep 22 bits of a float32, which shows where values cancel.
         ops[op].slack = {torch.float32: 8}
     return SimpleNamespace(**ops, ROUNDED=(torch.bfloat16, torch.float16))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from checks import at_random, check, check_error, gradients, in_float64, outcome, put
+import memkernels
+from checks import PLAIN, at_random, check, check_error, gradients, in_float64, outcome, put
 from scan_cases import GATES, SLACK, delta_case, linear_case, part
 from test_attention import DTYPES
 from test_linear_attention import assert_nothing, chunk_sizes
@@ -18,15 +19,32 @@ each_gate = pytest.mark.parametrize("gate", GATES)
 DELTA = "delta_rule"
 
 
-@at_random(sizes=chunk_sizes(), qk_l2norm=st.booleans(), scale=st.sampled_from([None, 1.0, 0.3]))
-def test_at_random(scan_ops, sizes, qk_l2norm, **options):
-    """Many keys of few elements are nearly parallel, and gates' gradients small differences of
-    large sums: gradients in float64, which tells them from wrong ones. Those of normalised rows of
-    one element are nothing but roundings."""
+RANDOM = {
+    "sizes": chunk_sizes(),
+    "qk_l2norm": st.booleans(),
+    "scale": st.sampled_from([None, 1.0, 0.3]),
+}
+
+
+def random_case(sizes, qk_l2norm, **options):
+    """The gradients of normalised rows of one element are nothing but roundings."""
     alone = sizes["dims"][0] == 1
-    case = delta_case(**sizes, qk_l2norm=qk_l2norm and not alone, **options)
+    return delta_case(**sizes, qk_l2norm=qk_l2norm and not alone, **options), alone
+
+
+@at_random(**RANDOM)
+def test_at_random(scan_ops, **drawn):
+    case, alone = random_case(**drawn)
     check(scan_ops, DELTA, case, slack=ALONE if alone else SLACK)
-    check_scan(scan_ops, DELTA, case | in_float64(case), 64 * ALONE)
+
+
+@pytest.mark.parametrize("ops", [memkernels, PLAIN], ids=["native", "fallback"])
+@at_random(**RANDOM)
+def test_gradients_at_random(ops, **drawn):
+    """Many keys of few elements are nearly parallel, and gates' gradients small differences of
+    large sums: in float64, which tells them from wrong ones."""
+    case, _ = random_case(**drawn)
+    check_scan(ops, DELTA, case | in_float64(case), 64 * ALONE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

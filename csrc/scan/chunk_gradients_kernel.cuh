@@ -7,9 +7,9 @@
 // and a dg is a sum of products that the decay is a factor of, times their gradients.
 //
 // A block a chunk and value head; all five sums stay in registers, a warp's 32 columns of K at a
-// time. Cost: 6 K V + 2 C V + 6 C K flops a token and head, the delta rule 2 C V + 6 C K more, K V
-// of them not less; S and dS are read once, (4 K V / C) bytes a token in 16 bits, more than the
-// tokens' own 4 to 8 V + 8 K.
+// time. Cost: 4 K V + 2 C V + 6 C K flops a token and head, the delta rule 2 K V + 2 C V + 6 C K
+// more. In 16 bits S and dS are 4 K V / C bytes a token, and rows of its own 4 V + 8 K, with the
+// delta rule 8 V + 8 K: some 60 flops a byte, which is bound by memory.
 #pragma once
 
 #include "core/cuda/chunk.cuh"

@@ -83,13 +83,14 @@ void launch_walk(const char* op, WalkParams p, bool back, Dtype dtype, const Con
   int warps = kWalkWarps;
   while (warps > 1 && blocks_of(warps / 2) == 1) warps /= 2;
   while (warps > 1 && pairs * blocks_of(warps) * 2 <= limits.multiprocessors) warps /= 2;
-  p.value_blocks = blocks_of(warps);
   with_shape(dtype, c.keys, [&](auto type, auto dim) {
     using T = decltype(type);
-    const int64_t stage = ChunkTiles<T, dim>(nullptr, c, warps).bytes;
-    p.stages = 2 * stage <= limits.of_block ? 2 : 1;
+    const auto stage_bytes = [&] { return ChunkTiles<T, dim>(nullptr, c, warps).bytes; };
+    while (warps > 1 && stage_bytes() > limits.of_block) warps /= 2;
+    p.value_blocks = blocks_of(warps);
+    p.stages = 2 * stage_bytes() <= limits.of_block ? 2 : 1;
     launch(op, ctx, back ? walk_back<T, dim> : walk_chunks<T, dim>, pairs * p.value_blocks,
-           32 * warps, p.stages * stage, p);
+           32 * warps, p.stages * stage_bytes(), p);
   });
 }
 
