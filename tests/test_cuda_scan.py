@@ -109,8 +109,9 @@ def scans_in_segments(run):
 
 def chunks_of_wild_offsets(run):
     """Offsets are cut off at the tokens."""
-    for op, case in ("linear_attention", linear_case), ("delta_rule", delta_case):
-        arguments = case([40, 30], (1, 1), (8, 8), gate="token", states=True)
+    cases = ("linear_attention", linear_case, "channel"), ("delta_rule", delta_case, "token")
+    for op, case, gate in cases:
+        arguments = case([40, 30], (1, 1), (8, 8), gate=gate, states=True)
         expected = run(op, **arguments)
         for wild in [-7, 40, 71], [-(2**40), 40, 2**40]:
             offsets = {"cu_seqlens": torch.tensor(wild)}
@@ -120,9 +121,10 @@ def chunks_of_wild_offsets(run):
 
 
 def gradients_of_chunks_of_wild_offsets(run):
-    for op, case in ("linear_attention", linear_case), ("delta_rule", delta_case):
+    cases = ("linear_attention", linear_case, "channel"), ("delta_rule", delta_case, "token")
+    for op, case, gate in cases:
         function = functools.partial(run, op)
-        arguments = case([40, 30], (1, 1), (8, 8), gate="token", states=True)
+        arguments = case([40, 30], (1, 1), (8, 8), gate=gate, states=True)
         expected = gradients(function, arguments)
         wild = {"cu_seqlens": torch.tensor([-(2**40), 40, 2**40])}
         assert_same_bits(gradients(function, arguments | wild), expected)

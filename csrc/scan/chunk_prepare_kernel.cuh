@@ -4,6 +4,7 @@
 // A block a chunk and value head, a warp for 16 rows of scores. Cost: 4 C K flops a token and head.
 #pragma once
 
+#include "core/cuda/chunk.cuh"
 #include "scan/chunk_kernel.cuh"
 
 namespace memkernels::scan::cuda {
@@ -21,17 +22,22 @@ int64_t prepare_bytes(const ChunkParams& p) {
          sizeof(float) * kTokens * (2 * PrepareShape<kTokens>::kPitch + 4);
 }
 
-// 1 / |x| of rows of a tile, or 1.
+// 1 / |x| of rows of a tile, zeros in their last 16 bytes past `dim`; or 1.
 template <class T, int kTokens>
 __device__ __forceinline__ void find_norms(float* norms, const Tile& tile, int dim, bool wanted) {
-  for (int i = threadIdx.x / 2; i < kTokens; i += blockDim.x / 2) {
-    float sum = 0.f;
-    for (int c = threadIdx.x % 2; wanted && c < dim; c += 2) {
-      const float x = widen(*tile.element<T>(i, c));
-      sum += x * x;
+  constexpr int kElements = 16 / sizeof(T), kLanes = 8;
+  const int lane = threadIdx.x % kLanes;
+  for (int i = threadIdx.x / kLanes; i < kTokens; i += blockDim.x / kLanes) {
+    float row[kElements], sum = 0.f;
+    for (int c = lane * kElements; wanted && c < dim; c += kLanes * kElements) {
+      load(tile.element<T>(i, c), row);
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) sum += row[e] * row[e];
     }
-    sum += __shfl_xor_sync(kWholeWarp, sum, 1);
-    if (threadIdx.x % 2 == 0) norms[i] = wanted ? 1.f / sqrtf(sum + 1e-6f) : 1.f;
+    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+      sum += __shfl_xor_sync(kWholeWarp, sum, lanes);
+    }
+    if (lane == 0) norms[i] = wanted ? 1.f / sqrtf(sum + 1e-6f) : 1.f;
   }
 }
 
