@@ -97,14 +97,41 @@ def test_decays_of_many_channels(keys, dtype):
         check_gradients(cuda_ops.namespace(), op, arguments, 2 * SLACK)
 
 
+# Of three segments and one.
+SEGMENTS = {
+    "linear": ("linear_attention", {"gate": "token"}),
+    "normalized": ("linear_attention", {"gate": "channel", "normalize": True, "states": True}),
+    "delta": ("delta_rule", {}),
+    "delta_with_states": ("delta_rule", {"gate": "token", "states": True}),
+}
+
+
+def segments(name):
+    op, options = SEGMENTS[name]
+    case = linear_case if op == "linear_attention" else delta_case
+    return op, case([3100, 30], (1, 1), (8, 8), dtype=torch.bfloat16, **options)
+
+
 def scans_in_segments(run):
-    """There are two, and one."""
-    lengths = [2100, 30]
-    sizes = lengths, (1, 1), (8, 8)
-    return [
-        run("linear_attention", **linear_case(*sizes, gate="token", dtype=torch.bfloat16)),
-        run("delta_rule", **delta_case(*sizes, states=True, dtype=torch.bfloat16)),
-    ]
+    return [results_and_gradients(run, *segments(name)) for name in SEGMENTS]
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_segments(name):
+    check_scan(cuda_ops.namespace(), *segments(name))
+
+
+@pytest.mark.parametrize("gate", ["token", "channel"])
+def test_rows_of_zeros_are_normalised_in_float16(gate):
+    """As factors, their norms would overflow."""
+    options = {"gate": gate, "qk_l2norm": True, "dtype": torch.float16}
+    arguments = delta_case((1, 100), (1, 1), (16, 16), **options)
+    for name in "q", "k":
+        arguments[name][:, 5:9] = 0
+    arguments["v"][:, 5:9] = 90
+    check(cuda_ops.namespace(), "delta_rule", arguments, slack=SLACK)
+    grads = gradients(cuda_ops.namespace().delta_rule, arguments, ["v", "beta", "g"])
+    assert all(grad.isfinite().all() for grad in grads.values())
 
 
 def chunks_of_wild_offsets(run):

@@ -312,8 +312,8 @@ __device__ __forceinline__ void through_channel_decays(ChunkSums<T, kDim>& sums,
     reinterpret_cast<uint32_t*>(channels.halves.writes.data + zeros)[i] = 0;
   }
   if (c.qk_l2norm) {
-    normalize_rows<T, kTokens>(memory.q_norm, q);
-    normalize_rows<T, kTokens>(memory.k_norm, k);
+    normalize_rows<T, kTokens>(memory.q_norm, q, c.keys);
+    normalize_rows<T, kTokens>(memory.k_norm, k, c.keys);
   }
   store_pairs(sums, memory, channels, c.scale);
   store_rows(sums.dread);
@@ -470,7 +470,7 @@ __device__ __forceinline__ void through_channel_decays(ChunkSums<T, kDim>& sums,
       if (i > number) constant[e] += outside[i * columns];
       if (i < number) constant[e] += outside[i * columns + runs];
       const bool reads = number & 2;
-      if (i != number && i / 2 == number / 2 && i > number == reads) {
+      if (i != number && i / 2 == number / 2 && (i > number) == reads) {
         constant[e] += outside[i * columns + 2 * runs];
       }
     }

@@ -322,33 +322,6 @@ __device__ __forceinline__ void store_row_sums(float (&sums)[kRows], float* to, 
   }
 }
 
-// Rows over their norms.
-template <class T, int kTokens>
-__device__ __forceinline__ void normalize_rows(float* norms, const Tile& x) {
-  constexpr int kElements = 16 / sizeof(T), kLanes = 8;
-  const int lane = threadIdx.x % kLanes;
-  for (int i = threadIdx.x / kLanes; i < kTokens; i += blockDim.x / kLanes) {
-    float row[kElements], sum = 0.f;
-    for (int chunk = lane; 16 * chunk < x.pitch; chunk += kLanes) {
-      load(x.element<T>(i, chunk * kElements), row);
-#pragma unroll
-      for (int e = 0; e < kElements; ++e) sum += row[e] * row[e];
-    }
-    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
-      sum += __shfl_xor_sync(kWholeWarp, sum, lanes);
-    }
-    const float norm = 1.f / sqrtf(sum + 1e-6f);
-    for (int chunk = lane; 16 * chunk < x.pitch; chunk += kLanes) {
-      T* const to = x.element<T>(i, chunk * kElements);
-      load(to, row);
-#pragma unroll
-      for (int e = 0; e < kElements; ++e) row[e] *= norm;
-      store(row, to);
-    }
-    if (lane == 0) norms[i] = norm;
-  }
-}
-
 // Writes a warp's columns of the gradients of rows, x where those have been normalised: less what
 // is along them then.
 template <class T, int kDim, class Gradients>
@@ -413,8 +386,8 @@ __device__ __forceinline__ void through_token_decays(ChunkSums<T, kDim>& sums,
   const Tile dsolve{dscores.data + kTokens * Shape::kPairPitch, Shape::kPairPitch};
 
   if (c.qk_l2norm) {
-    normalize_rows<T, kTokens>(memory.q_norm, q);
-    normalize_rows<T, kTokens>(memory.k_norm, k);
+    normalize_rows<T, kTokens>(memory.q_norm, q, c.keys);
+    normalize_rows<T, kTokens>(memory.k_norm, k, c.keys);
   }
   find_mask<kTokens>(pairs, memory.gate);
   if (tid < kTokens) {

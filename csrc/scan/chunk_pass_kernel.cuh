@@ -3,8 +3,8 @@
 // with P what the segment's tokens write, and M what they make of a state, [K, K] for the delta
 // rule, else the product of decays; of gradients, back, M^T. In float32.
 //
-// A block a sequence, value head and 32 columns of V; cost: 2 K^2 V flops a segment and head, some
-// hundredth of what its tokens take.
+// A block a sequence, value head and 32 columns of V; cost: 2 K^2 V flops a segment and head, at
+// most some K / 3000 of what its tokens take; M as much as K more columns of V.
 #pragma once
 
 #include "scan/chunk_kernel.cuh"
@@ -50,11 +50,12 @@ __global__ void __launch_bounds__(kPassThreads, 1) pass_states(const PassParams 
       totals[k] = total;
     }
     __syncthreads();
+    const bool from_zero = i == 0 && !p.initial_state.data;
     const float* const m = p.transitions + unit * c.keys * c.keys;
     const int64_t row = p.back ? 1 : c.keys, column = p.back ? c.keys : 1;
     for (int o = warp * kRows; o < c.keys; o += warps * kRows) {
       float sums[kRows] = {};
-      if (p.transitions) {
+      if (p.transitions && !from_zero) {
         for (int k = 0; k < c.keys; ++k) {
           const float x = before[k * kPassColumns + lane];
 #pragma unroll

@@ -20,7 +20,7 @@ template <class T, int kTokens>
 int64_t prepare_channels_bytes(const ChunkParams& p) {
   const int columns = pitch_of(p.keys * sizeof(T)) / sizeof(T);
   return (int64_t{7} * kTokens / 2) * pitch_of(p.keys * sizeof(T)) +
-         sizeof(float) * (kTokens / kBlock * columns + kTokens * (kDiagonalPitch + 4));
+         sizeof(float) * (kTokens / kBlock * columns + kTokens * (kDiagonalPitch + 2));
 }
 
 template <class T, int kTokens>
@@ -37,10 +37,8 @@ __global__ void __launch_bounds__(kChannelThreads, 2) prepare_channel_chunks(con
   const Tile q{memory, pitch}, k{q.data + kTokens * pitch, pitch};
   const HalfTiles halves{{k.data + kTokens * pitch, pitch}, {k.data + 2 * kTokens * pitch, pitch}};
   float* const diagonal = reinterpret_cast<float*>(halves.writes.data + kTokens / 2 * pitch);
-  float* const beta = diagonal + kTokens * kDiagonalPitch;
-  float* const q_norm = beta + kTokens;
-  float* const k_norm = q_norm + kTokens;
-  float* const erases = k_norm + kTokens;  // factors of k
+  float* const erases = diagonal + kTokens * kDiagonalPitch;  // factors of k
+  float* const norms = erases + kTokens;
   if (p.keys % kDepth != 0) {
     clear_memory(memory, 2 * kTokens * pitch);
     __syncthreads();
@@ -50,19 +48,19 @@ __global__ void __launch_bounds__(kChannelThreads, 2) prepare_channel_chunks(con
   copy_rows<T>(k, kTokens, chunk.count, row_at<T>(p.k, chunk.batch, chunk.begin, head / p.group),
                p.k.token_stride, p.keys, p.qk_aligned);
   commit_copies();
-  ChannelRun<kTokens> run(erases + kTokens, columns);
+  ChannelRun<kTokens> run(norms + kTokens, columns);
   run.template load<T>(p, chunk, head);
   if (tid < kTokens) {
-    beta[tid] =
-        tid < chunk.count && delta ? gate_at<T>(p.beta, chunk.batch, chunk.begin + tid, head) : 0.f;
+    const bool erasing = delta && tid < chunk.count;
+    erases[tid] = erasing ? -gate_at<T>(p.beta, chunk.batch, chunk.begin + tid, head) : 0.f;
   }
   wait_copies<0>();
   __syncthreads();
-  find_norms<T, kTokens>(q_norm, q, p.keys, p.qk_l2norm);
-  find_norms<T, kTokens>(k_norm, k, p.keys, p.qk_l2norm);
-  __syncthreads();
-  if (tid < kTokens) erases[tid] = -beta[tid] * k_norm[tid];
-  __syncthreads();
+  if (p.qk_l2norm) {
+    normalize_rows<T, kTokens>(norms, q, p.keys);
+    normalize_rows<T, kTokens>(norms, k, p.keys);
+    __syncthreads();
+  }
 
   const int64_t unit = blockIdx.x;
   T* const scores = static_cast<T*>(p.prepared.scores) + unit * kTokens * kTokens;
@@ -80,7 +78,7 @@ __global__ void __launch_bounds__(kChannelThreads, 2) prepare_channel_chunks(con
     for (int e = 0; e < 8; ++e) {
       const int row = lane / 4 + e / 2 % 2 * 8, i = warp * kBlock + row;
       if (row != e / 4 * 8 + lane % 4 * 2 + e % 2) continue;
-      narrow(sums.c[0][e / 4][e % 4] * k_norm[i] * (p.scale * q_norm[i]), scores[i * kTokens + i]);
+      narrow(sums.c[0][e / 4][e % 4] * p.scale, scores[i * kTokens + i]);
     }
   }
 
@@ -99,9 +97,9 @@ __global__ void __launch_bounds__(kChannelThreads, 2) prepare_channel_chunks(con
       for (int e = 0; e < 2; ++e) {
         const int writer = 8 * writers + lane % 4 * 2 + e, j = token_at_place(writer, half, false);
         if (i / (2 * half) != j / (2 * half)) continue;
-        narrow(sums.c[0][0][e] * k_norm[j] * (p.scale * q_norm[i]), scores[i * kTokens + j]);
+        narrow(sums.c[0][0][e] * p.scale, scores[i * kTokens + j]);
         if (!delta) continue;
-        const float key = sums.c[0][0][2 + e] * k_norm[j];
+        const float key = sums.c[0][0][2 + e];
         (half < kBlock ? diagonal[i * kDiagonalPitch + j % kBlock] : solve[i * kTokens + j]) = key;
       }
     }
@@ -128,10 +126,10 @@ __global__ void __launch_bounds__(kChannelThreads, 2) prepare_channel_chunks(con
   }
   if (tid < kTokens) {
     float* const factors = p.prepared.factors + unit * 4 * kTokens + tid;
-    factors[0] = p.scale * q_norm[tid];
+    factors[0] = p.scale;
     factors[kTokens] = erases[tid];
-    factors[2 * kTokens] = k_norm[tid];
-    factors[3 * kTokens] = beta[tid];
+    factors[2 * kTokens] = 1.f;
+    factors[3 * kTokens] = -erases[tid];
   }
   if (!delta) return;
   invert_blocks<kTokens>(diagonal, kDiagonalPitch, kBlock * kDiagonalPitch);

@@ -22,22 +22,30 @@ int64_t prepare_bytes(const ChunkParams& p) {
          sizeof(float) * kTokens * (2 * PrepareShape<kTokens>::kPitch + 4);
 }
 
-// 1 / |x| of rows of a tile, zeros in their last 16 bytes past `dim`; or 1.
+// Rows over their norms; zeros follow in the last 16 bytes of each.
 template <class T, int kTokens>
-__device__ __forceinline__ void find_norms(float* norms, const Tile& tile, int dim, bool wanted) {
+__device__ __forceinline__ void normalize_rows(float* norms, const Tile& x, int dim) {
   constexpr int kElements = 16 / sizeof(T), kLanes = 8;
   const int lane = threadIdx.x % kLanes;
   for (int i = threadIdx.x / kLanes; i < kTokens; i += blockDim.x / kLanes) {
     float row[kElements], sum = 0.f;
-    for (int c = lane * kElements; wanted && c < dim; c += kLanes * kElements) {
-      load(tile.element<T>(i, c), row);
+    for (int c = lane * kElements; c < dim; c += kLanes * kElements) {
+      load(x.element<T>(i, c), row);
 #pragma unroll
       for (int e = 0; e < kElements; ++e) sum += row[e] * row[e];
     }
     for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
       sum += __shfl_xor_sync(kWholeWarp, sum, lanes);
     }
-    if (lane == 0) norms[i] = wanted ? 1.f / sqrtf(sum + 1e-6f) : 1.f;
+    const float norm = 1.f / sqrtf(sum + 1e-6f);
+    for (int c = lane * kElements; c < dim; c += kLanes * kElements) {
+      T* const to = x.element<T>(i, c);
+      load(to, row);
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) row[e] *= norm;
+      store(row, to);
+    }
+    if (lane == 0) norms[i] = norm;
   }
 }
 
@@ -119,8 +127,11 @@ __global__ void __launch_bounds__(PrepareShape<kTokens>::kThreads, 1)
   }
   wait_copies<0>();
   __syncthreads();
-  find_norms<T, kTokens>(q_norm, q, p.keys, p.qk_l2norm);
-  find_norms<T, kTokens>(k_norm, k, p.keys, p.qk_l2norm);
+  if (p.qk_l2norm) {
+    normalize_rows<T, kTokens>(q_norm, q, p.keys);
+    normalize_rows<T, kTokens>(k_norm, k, p.keys);
+    __syncthreads();
+  }
   find_mask<kTokens>(mask, gate);
   const int steps = (p.keys * static_cast<int>(sizeof(T)) + 31) / 32, first_row = tid / 32 * 16;
   Sums<1, kTokens / 8> scores, keys;
@@ -137,13 +148,12 @@ __global__ void __launch_bounds__(PrepareShape<kTokens>::kThreads, 1)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = first_row + lane / 4 + 8 * half, j = 8 * block + lane % 4 * 2;
-      const float by_row = p.scale * q_norm[i];
       float pair[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float m = mask[i * kPitch + j + e] * k_norm[j + e];
-        pair[e] = j + e <= i ? scores.c[0][block][2 * half + e] * m * by_row : 0.f;
-        const float key = -beta[i] * k_norm[i] * m * keys.c[0][block][2 * half + e];
+        const float m = mask[i * kPitch + j + e];
+        pair[e] = j + e <= i ? scores.c[0][block][2 * half + e] * m * p.scale : 0.f;
+        const float key = -beta[i] * m * keys.c[0][block][2 * half + e];
         if (delta) solve[i * kPitch + j + e] = j + e < i ? key : 0.f;
       }
       store_pair(out + i * kTokens + j, pair[0], pair[1]);
@@ -152,15 +162,17 @@ __global__ void __launch_bounds__(PrepareShape<kTokens>::kThreads, 1)
   if (tid < kTokens) {
     float* const factors = p.prepared.factors + unit * 4 * kTokens + tid;
     const float before = mask[tid * kPitch] * gate[0];
-    factors[0] = p.scale * before * q_norm[tid];
-    factors[kTokens] = -beta[tid] * before * k_norm[tid];
-    factors[2 * kTokens] = mask[(kTokens - 1) * kPitch + tid] * k_norm[tid];
+    const bool as_they_come = p.qk_l2norm && !p.prepared.rows;
+    const float of_q = as_they_come ? q_norm[tid] : 1.f, of_k = as_they_come ? k_norm[tid] : 1.f;
+    factors[0] = p.scale * before * of_q;
+    factors[kTokens] = -beta[tid] * before * of_k;
+    factors[2 * kTokens] = mask[(kTokens - 1) * kPitch + tid] * of_k;
     factors[3 * kTokens] = beta[tid];
   }
   T* const rows = static_cast<T*>(p.prepared.rows) + unit * 3 * kTokens * p.row;
   for (int i = tid; p.prepared.rows && i < kTokens * p.row; i += blockDim.x) {
     rows[i] = *q.element<T>(i / p.row, i % p.row);
-    rows[i + kTokens * p.row] = rows[i + 2 * kTokens * p.row] = *k.element<T>(i / p.row, i % p.row);
+    rows[i + 2 * kTokens * p.row] = *k.element<T>(i / p.row, i % p.row);
   }
   const float total = mask[(kTokens - 1) * kPitch] * gate[0];
   for (int c = tid; c < p.key_row; c += blockDim.x) {

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include "scan/chunk_normalizer_kernel.cuh"
 #include "scan/chunk_pass_kernel.cuh"
 #include "scan/chunk_prepare_channels_kernel.cuh"
 #include "scan/chunk_prepare_kernel.cuh"
@@ -38,7 +37,7 @@ ChunkParams prepare(const char* op, const ChunkScanArgs& a, const Sequences& seq
     using T = decltype(type);
     constexpr int kTokens = chunk_tokens(sizeof(T), dim);
     p.chunks_of_row = ceil_div(sequences.tokens, kTokens);
-    p.num_chunks = given(a.cu_seqlens) ? sequences.tokens / kTokens + sequences.count + 1
+    p.num_chunks = given(a.cu_seqlens) ? sequences.tokens / kTokens + sequences.count
                                        : sequences.count * p.chunks_of_row;
     const int64_t units = p.num_chunks * p.heads;
     const auto allocate = [&](int64_t bytes) { return ctx.allocate(ctx, units * bytes); };
@@ -48,7 +47,8 @@ ChunkParams prepare(const char* op, const ChunkScanArgs& a, const Sequences& seq
     if (given(a.beta)) {
       p.prepared.solve = static_cast<float*>(allocate(kTokens * kTokens * sizeof(float)));
     }
-    if (p.channels || !p.qk_aligned) {
+    // In float16 the norms of rows that are nearly zero would be too large as factors.
+    if (p.channels || !p.qk_aligned || (p.qk_l2norm && a.q.dtype == Dtype::f16)) {
       p.prepared.rows = allocate(3 * kTokens * p.row * sizeof(T));
     }
     if (p.channels) {
@@ -65,7 +65,7 @@ ChunkParams prepare(const char* op, const ChunkScanArgs& a, const Sequences& seq
 namespace {
 
 // Few heads of few columns of V leave a GPU idle: their long sequences are cut into segments, whose
-// length follows from the heads alone, so that no bit depends on the batch.
+// length follows from these numbers alone, so that no bit depends on the batch.
 int64_t segment_tokens(const ChunkParams& c) {
   constexpr int64_t kWhole = int64_t{1} << 40, kMostWarps = 256, kLeast = 1024, kChunk = 64;
   const int64_t warps = c.heads * ceil_div(c.values, kWarpValues);
@@ -94,8 +94,9 @@ void launch_walk(const char* op, WalkParams p, bool back, Dtype dtype, const Con
   });
 }
 
-// What segments make of the states before them, [segment, head][K][K].
-const float* find_transitions(const char* op, const WalkParams& walked, Dtype dtype,
+// What segments make of the states before them, [segment, head][K][K], where there are such: of
+// last ones if also walked back.
+const float* find_transitions(const char* op, const WalkParams& walked, bool back, Dtype dtype,
                               const Context& ctx) {
   WalkParams p{};
   p.c = walked.c;
@@ -104,6 +105,8 @@ const float* find_transitions(const char* op, const WalkParams& walked, Dtype dt
   p.segment = walked.segment;
   p.num_segments = walked.num_segments;
   p.identity = true;
+  p.skip_first = !walked.initial_state.data;
+  p.skip_last = !back;
   const int64_t size = int64_t{p.c.keys} * p.c.keys * sizeof(float);
   p.partial = static_cast<float*>(ctx.allocate(ctx, p.num_segments * p.c.heads * size));
   launch_walk(op, p, false, dtype, ctx);
@@ -112,7 +115,7 @@ const float* find_transitions(const char* op, const WalkParams& walked, Dtype dt
 
 }  // namespace
 
-void walk(const char* op, WalkParams p, bool back, Dtype dtype, const float*& transitions,
+void walk(const char* op, WalkParams p, bool back, Dtype dtype, const float** transitions,
           const Context& ctx) {
   const ChunkParams& c = p.c;
   const SequenceParams& s = c.sequences;
@@ -120,13 +123,17 @@ void walk(const char* op, WalkParams p, bool back, Dtype dtype, const float*& tr
   p.num_segments = s.cu_seqlens.data ? s.tokens / p.segment + s.count
                                      : s.count * segments_of(p.segment, s.tokens);
   if (p.num_segments > s.count) {
-    if (c.prepared.solve && !transitions) transitions = find_transitions(op, p, dtype, ctx);
+    const float* found = transitions ? *transitions : nullptr;
+    if (c.prepared.solve && !found)
+      found = find_transitions(op, p, transitions != nullptr, dtype, ctx);
+    if (transitions) *transitions = found;
     WalkParams parts = p;
+    (back ? parts.skip_first : parts.skip_last) = true;
     parts.out = parts.us = parts.states = nullptr;
     const int64_t size = int64_t{c.keys} * c.values * sizeof(float);
     parts.partial = static_cast<float*>(ctx.allocate(ctx, p.num_segments * c.heads * size));
     launch_walk(op, parts, back, dtype, ctx);
-    const PassParams pass{c, p.segment, back, p.initial_state, transitions, parts.partial};
+    const PassParams pass{c, p.segment, back, p.initial_state, found, parts.partial};
     with_shape(dtype, c.keys, [&](auto type, auto dim) {
       constexpr int kTokens = chunk_tokens(sizeof(type), dim);
       launch(op, ctx, pass_states<kTokens>, s.count * c.heads * ceil_div(c.values, kPassColumns),
@@ -137,36 +144,18 @@ void walk(const char* op, WalkParams p, bool back, Dtype dtype, const float*& tr
   launch_walk(op, p, back, dtype, ctx);
 }
 
-const float* normalizers(const char* op, const ChunkScanArgs& a, const ChunkParams& c,
-                         const Context& ctx, float* zs) {
-  NormalizerParams p{};
-  p.c = c;
-  p.initial_z = state_rows(a.initial_z);
-  p.z = static_cast<float*>(a.z.data);
-  p.eps = static_cast<float>(a.eps);
-  p.zs = zs;
-  with_shape(a.q.dtype, c.keys, [&](auto type, auto dim) {
-    using T = decltype(type);
-    constexpr int kTokens = chunk_tokens(sizeof(T), dim);
-    p.inverse =
-        static_cast<float*>(ctx.allocate(ctx, c.num_chunks * c.heads * kTokens * sizeof(float)));
-    launch(op, ctx, find_normalizers<T, kTokens>, c.sequences.count * c.heads, kNormalizerThreads,
-           kNormalizerThreads * sizeof(float), p);
-  });
-  return p.inverse;
-}
-
 void chunk_scan(const char* op, const ChunkScanArgs& a, const Sequences& sequences,
                 const Context& ctx) {
   const DeviceGuard guard(op, ctx.device);
   WalkParams p{};
   p.c = prepare(op, a, sequences, ctx);
-  if (a.normalize) p.inverse = normalizers(op, a, p.c, ctx);
+  NormalizerParams normalizer{p.c};
+  if (a.normalize) normalizers(op, normalizer, a, ctx);
+  p.inverse = normalizer.inverse;
   p.initial_state = state_rows(a.initial_state);
   p.state = static_cast<float*>(a.state.data);
   p.out = a.out.data;
-  const float* transitions = nullptr;
-  walk(op, p, false, a.q.dtype, transitions, ctx);
+  walk(op, p, false, a.q.dtype, nullptr, ctx);
 }
 
 }  // namespace memkernels::scan::cuda

@@ -37,8 +37,8 @@ struct Prepared {
                    // that is the inverse of; or absent: linear attention
   float* factors;  // [4][tokens] of what q reads, k erases and writes; beta
   float* totals;   // [key_row] what the state decays by
-  void* rows;      // T [3][tokens][row]: q as it reads, k as it erases and writes; or absent: q and
-                   // k themselves
+  void* rows;  // T [3][tokens][row]: q as it reads, k as it erases, with decays of channels, and
+               // as it writes; or absent: q and k themselves
 };
 
 struct ChunkParams {
@@ -69,6 +69,7 @@ struct WalkParams {
   const float* passed;            // [segment, head][K][V] S after the segment
   float* partial;                 // the same if S before it were 0, to be written, alone; or absent
   bool identity;                  // if it were I, and v 0
+  bool skip_first, skip_last;     // segments of a sequence
   // Written, or absent.
   float* state;  // S [N, HV, K, V]
   void* out;     // T [B, T, HV, V] O, or dV
@@ -89,22 +90,28 @@ struct PassParams {
 
 struct NormalizerParams {
   ChunkParams c;
-  TokenRows initial_z;  // [N, HV, K] by strides of N, -, HV; or absent
-  float* z;             // [N, HV, K], or absent
   float eps;
+  // Written:
+  float* zs;       // [chunk, head][key_row] z before each chunk
   float* inverse;  // [chunk, head][tokens]
-  float* zs;       // [chunk, head][key_row] z before each chunk, or absent
 };
 
 struct NormalizerGradParams {
   ChunkParams c;
   const void *dout, *out;  // T [B, T, HV, V]
   const float* inverse;    // [chunk, head][tokens]
-  const float* dz;         // [N, HV, K] of the final z, or absent: zeros
   // Written:
   float* dnormalizers;  // [chunk, head][tokens]
   float* dzs;           // [chunk, head][key_row] of z after each chunk
-  float* dinitial_z;    // [N, HV, K], or absent
+};
+
+// z over chunks, or back.
+struct ZWalkParams {
+  ChunkParams c;
+  bool back;
+  TokenRows initial_z;  // [N, HV, K] by strides of N, K, HV; or absent
+  float* zs;  // [chunk, head][key_row] what chunks add, changed to z as the walk comes there
+  float* z;   // [N, HV, K], written; or absent
 };
 
 // What the gradients of a chunk's tokens are made of, all chunks at once.
@@ -147,7 +154,7 @@ inline TokenRows token_rows(const TensorView& t) {
   return {t.data, t.stride[0], t.stride[1], t.stride[2]};
 }
 
-// [N, HV, K, V], or [N, HV, K].
+// [N, HV, K, V], or [N, HV, K]; K is in the place of tokens.
 inline TokenRows state_rows(const TensorView& t) {
   if (!given(t)) return {};
   return {t.data, t.stride[0], t.stride[2], t.stride[1]};
@@ -161,14 +168,15 @@ inline bool aligned_to_16(const TensorView& t) {
 // Computes p.prepared.
 ChunkParams prepare(const char* op, const ChunkScanArgs& a, const Sequences& sequences,
                     const Context& ctx);
-// Also the final z, if args have one, and where asked for, [chunk, head][key_row], z before chunks.
-const float* normalizers(const char* op, const ChunkScanArgs& a, const ChunkParams& c,
-                         const Context& ctx, float* zs = nullptr);
-// transitions: of an earlier walk, or empty.
-void walk(const char* op, WalkParams p, bool back, Dtype dtype, const float*& transitions,
+// Sets p.zs and p.inverse, and the final z, if args have one.
+void normalizers(const char* op, NormalizerParams& p, const ChunkScanArgs& a, const Context& ctx);
+// transitions: what segments make of states, to be found, or as an earlier walk has found it; or
+// null, if no other walk needs it.
+void walk(const char* op, WalkParams p, bool back, Dtype dtype, const float** transitions,
           const Context& ctx);
-// Sets p.dnormalizers and p.dzs.
-void normalizer_gradients(const char* op, NormalizerGradParams& p, Dtype dtype, const Context& ctx);
+// Sets p.dnormalizers and p.dzs; grads: dz and dinitial_z.
+void normalizer_gradients(const char* op, NormalizerGradParams& p, const ChunkScanGrads& grads,
+                          Dtype dtype, const Context& ctx);
 // Sets p.stages and p.aligned.
 void chunk_gradients(const char* op, ChunkGradParams& p, Dtype dtype, const Context& ctx);
 void channel_gradients(const char* op, ChunkGradParams& p, Dtype dtype, const Context& ctx);

@@ -6,7 +6,7 @@
 // products, and is their left operand, as U^T is; what its chunk's tokens share lies in tiles. So
 // warps need nothing from one another, and no bit depends on how V is cut.
 //
-// Cost: 6 K V + 4 C V flops a token and head, with the delta rule 2 K V + 3 C V more: bound by
+// Cost: 4 K V + C V flops a token and head, with the delta rule 2 K V + 3 C V more: bound by
 // mma.sync. q, k, v are read and O is written once, q and k once for each block of columns; beside
 // them 2 C + 4 C bytes a token and head of scores and of what is to be solved.
 #pragma once
@@ -44,7 +44,7 @@ struct ChunkTiles {
     };
     reads = tile(p.keys * sizeof(T));
     writes = tile(p.keys * sizeof(T));
-    erases = p.prepared.rows && p.prepared.solve ? tile(p.keys * sizeof(T)) : writes;
+    erases = p.channels && p.prepared.solve ? tile(p.keys * sizeof(T)) : writes;
     v = tile(warps * kWarpValues * sizeof(T));
     scores = tile(kTokens * sizeof(T));
     solve = p.prepared.solve ? tile(kTokens * sizeof(float)) : Tile{nullptr, 0};
@@ -60,7 +60,9 @@ struct ChunkTiles {
       const int64_t size = int64_t{kTokens} * p.row;
       const T* const rows = static_cast<const T*>(p.prepared.rows) + unit * 3 * size;
       copy_rows<T>(reads, kTokens, kTokens, rows, p.row, p.row, true);
-      if (p.prepared.solve) copy_rows<T>(erases, kTokens, kTokens, rows + size, p.row, p.row, true);
+      if (p.channels && p.prepared.solve) {
+        copy_rows<T>(erases, kTokens, kTokens, rows + size, p.row, p.row, true);
+      }
       copy_rows<T>(writes, kTokens, kTokens, rows + 2 * size, p.row, p.row, true);
     } else {
       const int shared = head / p.group;
@@ -233,8 +235,7 @@ struct Walk {
     const int64_t number = blockIdx.x / p.value_blocks / c.heads;
     if (!find_segment(c, p.segment, number, segment)) return false;
     const bool at_first = kBack ? segment.last : segment.first;
-    const bool at_last = kBack ? segment.first : segment.last;
-    if (p.partial && !p.identity && at_last) return false;
+    if ((p.skip_first && segment.first) || (p.skip_last && segment.last)) return false;
     first_number = first_chunk<kTokens>(c, segment.sequence);
     const float* from = nullptr;
     int64_t stride = c.values;

@@ -67,11 +67,13 @@ def linear_attention(
         ``[N, HV, K, V]``; and z ``[N, HV, K]``, if also normalize.
 
     Sums are float32 (float64). Of bfloat16, a CPU with AVX512-BF16 rounds what matrix products
-    take to it, the state included, as GPUs do, of float16 too; the state itself stays float32.
+    take to it, the state included, as GPUs do, of float16 too; the state itself stays float32. So
+    in float16 on CUDA no number of it may pass 65504.
 
     Differentiable once in q, k, v, g and the initial states, through the final ones too. The
     backward recomputes what it needs from the states at the starts of chunks, of one head a worker
-    at a time, on CUDA of all at once: a state for every 64 tokens or fewer, and its gradient. Raises RuntimeError on arguments that contradict the above.
+    at a time, on CUDA of all at once: a state for every 16 to 64 tokens, and its gradient. Raises
+    RuntimeError on arguments that contradict the above.
     """
     tensors = q, k, v, g, initial_state, initial_z, cu_seqlens
     scale = _scale("linear_attention", scale, k)

@@ -114,9 +114,12 @@ void launch(const char* op, const Context& ctx, void (*kernel)(Parameters...), i
   check(blocks <= 0x7fffffff, op, "too large for one launch: ", blocks, " blocks");
   if (blocks == 0) return;
   if (shared_bytes > 48 * 1024) {
+    const int64_t most = limits_of(op, ctx.device).of_block;
+    check(shared_bytes <= most, op, "these sizes take ", shared_bytes,
+          " bytes of shared memory a block, and this GPU has ", most);
     // Always the most, so that threads of the host never take it from one another.
     check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(limits_of(op, ctx.device).of_block)));
+                                        static_cast<int>(most)));
   }
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes,
            static_cast<cudaStream_t>(ctx.stream)>>>(arguments...);
