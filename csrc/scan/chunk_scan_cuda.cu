@@ -124,8 +124,9 @@ void walk(const char* op, WalkParams p, bool back, Dtype dtype, const float** tr
                                      : s.count * segments_of(p.segment, s.tokens);
   if (p.num_segments > s.count) {
     const float* found = transitions ? *transitions : nullptr;
-    if (c.prepared.solve && !found)
+    if (c.prepared.solve && !found) {
       found = find_transitions(op, p, transitions != nullptr, dtype, ctx);
+    }
     if (transitions) *transitions = found;
     WalkParams parts = p;
     (back ? parts.skip_first : parts.skip_last) = true;

@@ -214,9 +214,10 @@ struct Walk {
 
   const WalkParams& p;
   const ChunkParams& c;
-  int head, first, column,
-      values;  // of V: the block's first column, the warp's, columns from there
-  int steps;   // of products over K
+  int head;
+  int first, column;  // of V: the block's first one, and the warp's from there
+  int values;         // columns of V from the warp's first on
+  int steps;          // of products over K
   SegmentOf segment;
   int64_t first_number;  // of the sequence's chunks
   Sums<1, kDim / 8> state;
@@ -335,7 +336,8 @@ struct Walk {
     constexpr int kPart = 16 / sizeof(T), kParts = kWarpValues / kPart;  // of a row
     const ChunkOf chunk = chunk_at(i);
     const int64_t token = chunk.batch * c.sequences.tokens + chunk.begin;
-    const int value = lane % kParts * kPart, stride = c.heads * c.values;
+    const int value = lane % kParts * kPart;
+    const int64_t stride = int64_t{c.heads} * c.values;
     T* const to =
         static_cast<T*>(data) + (token * c.heads + head) * c.values + first + column + value;
     const bool whole = c.values % kPart == 0;
@@ -343,7 +345,7 @@ struct Walk {
     for (int row = lane / kParts; row < chunk.count; row += 32 / kParts) {
       const auto part =
           *reinterpret_cast<const Chunk<T, kPart>*>(v.chunk(row, (column + value) / kPart));
-      T* const row_part = to + int64_t{row} * stride;
+      T* const row_part = to + row * stride;
       if (whole) {
         *reinterpret_cast<Chunk<T, kPart>*>(row_part) = part;
       } else {
