@@ -496,6 +496,11 @@ def wild_sequences_of_selective_scans(run):
         assert_same_bits(results([-(2**40), 20, 2**40, 2**50]), expected)
         for wild in [9, 5, 0, 2**40], [2**40, 0, -7, 40], [0, 2**62, 3, 1], [tokens, 0, tokens, 0]:
             results(wild)
+    # No sequence, with another number behind the offsets, and without.
+    for offsets in torch.tensor([0, 64])[:1], torch.tensor([0]):
+        arguments = selective_case([64], 6, 5, extras="Db") | {"cu_seqlens": offsets}
+        grads = gradients(function, arguments, ["A", "D", "delta_bias"])
+        assert not any(grad.any() for grad in grads.values())
 
 
 def wild_slots_of_selective_steps(run):

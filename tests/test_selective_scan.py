@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from checks import PLAIN, at_random, check_error, gradients, in_float64, outcome, put
+from checks import PLAIN, at_random, check, check_error, gradients, in_float64, outcome, put
 from scan_cases import selective_case
 from test_attention import DTYPES
 from test_scan import check_scan
@@ -92,6 +92,33 @@ def test_growth(scan_ops):
     arguments = selective_case((2, 40), 4, 3, states=True)
     arguments["A"] = arguments["A"].abs() / 10
     check_scan(scan_ops, SELECTIVE, arguments)
+
+
+@pytest.mark.parametrize("tokens", [80, 530])
+def test_growth_beyond_all_numbers(scan_ops, tokens):
+    """By e^96, in which the rounding of A shows; what it meets may be small enough, or nothing."""
+    arguments = selective_case((2, tokens), 4, 3, states=True)
+    arguments["A"].fill_(3)
+    arguments["u"].zero_()
+    arguments["delta"].zero_()[:, :32] = 1
+    arguments["initial_state"].mul_(1e-20)
+    check(scan_ops, SELECTIVE, arguments, slack=16)
+    for scale in 1e-30, 0:
+
+        def scaled(ops, arguments, scale=scale):
+            return gradients(lambda **c: getattr(ops, SELECTIVE)(**c)[0] * scale, arguments)
+
+        exact = scaled(PLAIN, arguments | in_float64(arguments))
+        for name, grad in scaled(scan_ops, arguments).items():
+            atol = 1e-4 * exact[name].abs().max().item()
+            torch.testing.assert_close(grad.double(), exact[name], rtol=1e-4, atol=atol)
+
+
+def test_gradients_by_themselves(scan_ops):
+    arguments = selective_case([40, 0, 9], 6, 5, groups=2, extras="Dzb", states=True)
+    together = gradients(getattr(scan_ops, SELECTIVE), arguments)
+    for name, grad in together.items():
+        assert_same_bits(gradients(getattr(scan_ops, SELECTIVE), arguments, [name])[name], grad)
 
 
 def test_nan_stays_in_its_channels(scan_ops):

@@ -131,13 +131,12 @@ void causal_conv1d_backward(const CausalConvArgs& a, const CausalConvGrads& g,
       }
       if (!sums) return;
       const ConvPartsParams q{p.parts,
-                              static_cast<int>(parts),
+                              parts,
                               p.channels,
                               p.taps,
                               static_cast<float*>(g.dweight.data),
                               static_cast<float*>(g.dbias.data)};
-      launch(op, ctx, add_conv_parts, ceil_div(numbers, 32), kConvThreads,
-             kConvThreads * sizeof(float), q);
+      launch(op, ctx, add_conv_parts, ceil_div(numbers, 32), kAddThreads, kAddBytes, q);
     };
     if (p.taps <= 4 && aligned(4)) {
       run(convolve_backward<T, 4, 4>, 4, 4);

@@ -33,7 +33,8 @@ struct ConvParams {
 
 struct ConvPartsParams {
   const float* parts;
-  int num_parts, channels, taps;
+  int64_t num_parts;
+  int channels, taps;
   float *dweight, *dbias;  // [D, W], [D]; or null
 };
 

@@ -9,17 +9,16 @@
 //
 // Cost of an element in bfloat16: x read and out written once, 4 bytes; backward x and dout read,
 // dx written, 6 bytes; and of each run W - 1 tokens more, which caches have. Of 4 taps and silu
-// some 17 and 35 instructions of the 29 and 43 that an H200 issues meanwhile: bound by memory.
+// some 20 and 38 instructions of the 29 and 43 that an H200 issues meanwhile: bound by memory.
 #pragma once
 
 #include "core/cuda/chunk.cuh"
 #include "scan/causal_conv1d_cuda.h"
+#include "scan/gates.cuh"
+#include "scan/part_sums.cuh"
 
 namespace memkernels::scan::cuda {
 
-__device__ __forceinline__ float sigmoid(float x) {
-  return reciprocal_fast(1.f + exp2_fast(-1.44269504f * x));
-}
 // The derivative of silu.
 __device__ __forceinline__ float silu_slope(float x) {
   const float gate = sigmoid(x);
@@ -337,23 +336,11 @@ __global__ void __launch_bounds__(kConvBackwardThreads, kTaps == 4 ? 3 : 2)
   }
 }
 
-// A lane a number, of which each warp adds up every eighth part.
-static __global__ void __launch_bounds__(kConvThreads) add_conv_parts(const ConvPartsParams p) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t numbers = int64_t{p.taps + 1} * p.channels, i = int64_t{blockIdx.x} * 32 + lane;
-  float sum = 0.f;
-  if (i < numbers) {
-#pragma unroll 8
-    for (int part = warp; part < p.num_parts; part += kConvWarps) {
-      sum += p.parts[part * numbers + i];
-    }
-  }
-  const auto all = reinterpret_cast<float*>(shared_memory());  // [warps, lanes]
-  all[threadIdx.x] = sum;
-  __syncthreads();
-  if (warp > 0 || i >= numbers) return;
-  sum = 0.f;
-  for (int w = 0; w < kConvWarps; ++w) sum += all[w * 32 + lane];
+static __global__ void __launch_bounds__(kAddThreads) add_conv_parts(const ConvPartsParams p) {
+  const int64_t numbers = int64_t{p.taps + 1} * p.channels;
+  const int64_t i = int64_t{blockIdx.x} * 32 + threadIdx.x % 32;
+  const float sum = sum_of_parts(p.parts, p.num_parts, numbers, i);
+  if (threadIdx.x >= 32 || i >= numbers) return;
   const int64_t tap = i / p.channels, channel = i % p.channels;
   if (tap == p.taps) {
     if (p.dbias) p.dbias[channel] = sum;

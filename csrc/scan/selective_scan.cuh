@@ -2,11 +2,12 @@
 #pragma once
 
 #include "core/cuda/chunk.cuh"
+#include "scan/gates.cuh"
 #include "scan/selective_scan_cuda.h"
 
 namespace memkernels::scan::cuda {
 
-inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.69314718055994531f;
+inline constexpr float kLn2 = 0.69314718055994531f;
 
 // A as the powers of 2 take it; what is finite stays finite.
 __device__ __forceinline__ float to_base_2(float A) {
@@ -30,15 +31,13 @@ __device__ __forceinline__ float log_1_plus(float e) {
 __device__ __forceinline__ float softplus(float x) {
   return fmaxf(x, 0.f) + log_1_plus(exp2_fast(-kLog2e * fabsf(x)));
 }
-__device__ __forceinline__ float sigmoid(float x) {
-  const float e = exp2_fast(-kLog2e * fabsf(x));
-  return (x < 0.f ? e : 1.f) * reciprocal_fast(1.f + e);
-}
 
 // The state behind a part: A in base 2, what was before the part, and what its tokens left. Growth
-// of nothing is nothing, even without bounds.
+// meets it by halves, as it may be beyond all numbers where the state behind is not; that of
+// nothing is nothing, even without bounds.
 __device__ __forceinline__ float behind(float A, float deltas, float before, float left) {
-  return before == 0.f ? left : fmaf(exp2_fast(A * deltas), before, left);
+  const float half = exp2_fast(0.5f * A * deltas);
+  return before == 0.f ? left : fmaf(half, half * before, left);
 }
 
 // Four states of a row, from `first` on; zeros follow the last.

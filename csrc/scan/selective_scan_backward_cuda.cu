@@ -9,8 +9,8 @@ void selective_scan_backward(const SelectiveScanArgs& a, const SelectiveScanGrad
                              const Context& ctx) {
   constexpr char op[] = "selective_scan_backward";
   SelectiveScanParams p = scan_params(op, a);
-  p.dout = token_rows(g.dout);
-  p.dstate = state_rows(g.dstate);
+  p.dout = scan_rows(g.dout);
+  p.dstate = scan_state_rows(g.dstate);
   p.du = g.du.data;
   p.ddelta = g.ddelta.data;
   p.dz = g.dz.data;
@@ -24,7 +24,7 @@ void selective_scan_backward(const SelectiveScanArgs& a, const SelectiveScanGrad
   p.runs = std::min(kMostRuns, t.group_blocks);
 
   const DeviceGuard guard(op, ctx.device);
-  const int64_t slots = num_slots(p), states = int64_t{p.dim} * p.states;
+  const int64_t slots = p.parts.count, states = int64_t{p.dim} * p.states;
   const auto allocate = [&](int64_t numbers) {
     return static_cast<float*>(ctx.allocate(ctx, numbers * sizeof(float)));
   };
@@ -32,15 +32,13 @@ void selective_scan_backward(const SelectiveScanArgs& a, const SelectiveScanGrad
   p.grads = allocate(slots * states);
   p.deltas = allocate(slots * p.dim);
   if (p.wants_dD) p.dD = allocate(slots * p.dim);
-  if (given(g.dB) || given(g.dC)) {
-    p.dB = allocate(p.runs * numel(a.B));
-    p.dC = allocate(p.runs * numel(a.B));
-  }
+  if (given(g.dB)) p.dB = allocate(p.runs * numel(a.B));
+  if (given(g.dC)) p.dC = allocate(p.runs * numel(a.C));
   with_type(a.u.dtype, [&](auto type) {
     using T = decltype(type);
     launch(op, ctx, scan_parts<T, true>, slots * p.groups * t.group_blocks, t.count(),
            ScanTile<ScanInputAndGrad>::bytes(t), p);
-    launch(op, ctx, join_parts, ceil_div(2 * p.sequences.count * states, kJoinThreads),
+    launch(op, ctx, join_parts, ceil_div(2 * a.sequences.count * states, kJoinThreads),
            kJoinThreads, 0, p, true);
     launch(op, ctx, scan_backward<T>, slots * p.groups * p.runs, t.count(),
            BackwardMemory::bytes(t), p);
@@ -48,8 +46,8 @@ void selective_scan_backward(const SelectiveScanArgs& a, const SelectiveScanGrad
   const auto add = [&](const float* parts, int64_t num_parts, const TensorView& to) {
     if (!given(to)) return;
     with_type(to.dtype, [&](auto type) {
-      launch(op, ctx, add_scan_parts<decltype(type)>, ceil_div(numel(to), 32), 32 * kAddWarps,
-             32 * kAddWarps * sizeof(float), parts, num_parts, numel(to), to.data);
+      launch(op, ctx, add_scan_parts<decltype(type)>, ceil_div(numel(to), 32), kAddThreads,
+             kAddBytes, parts, num_parts, numel(to), to.data);
     });
   };
   add(p.carries, slots, g.dA);

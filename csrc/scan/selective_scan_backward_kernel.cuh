@@ -10,12 +10,18 @@
 // anew and stay in registers. What a part adds to gradients of weights, and a block to those of B
 // and C, lies apart, to be added up in its order.
 //
-// Cost of a state and token: three exponentials and 35 instructions in all, and of a channel and
-// token another 300. So 16 states of a million channels and tokens take 30 us of instructions, 12
+// Cost of a state and token: four exponentials and 37 instructions in all, and of a channel and
+// token another 300. So 16 states of a million channels and tokens take 31 us of instructions, 16
 // of exponentials, and in bfloat16 10 of memory: inputs twice, gradients, and 20 bytes of what lies
 // apart. Bound by instructions.
+//
+// What lies apart: of each part, of which there are at most T / 32 and one a sequence, 8 S + 4
+// bytes a channel, and 4 for dD; and 4 S of each token and group, for dB and dC each, from every
+// run of blocks of channels, up to 16 of them. The former are moved 5 times, of full parts 1.25 S
+// bytes a channel and token in all.
 #pragma once
 
+#include "scan/part_sums.cuh"
 #include "scan/selective_scan_kernel.cuh"
 
 namespace memkernels::scan::cuda {
@@ -28,7 +34,7 @@ inline constexpr int kTurnedC = 128 + 16, kTurned = 2 * kTurnedC, kTurnedTokens 
 
 struct BackwardMemory {
   using Tile = ScanTile<ScanInputAndGrad>;
-  static constexpr int kStarts = kPartTokens / kAgainTokens - 1;
+  static constexpr int kStarts = kScanPartTokens / kAgainTokens - 1;
 
   Tile tile;
   float* numbers;  // AgainNumbers
@@ -56,7 +62,6 @@ struct BackwardMemory {
 };
 
 // A thread on its way through a part.
-template <class T>
 struct ScanBackward {
   static constexpr int N = kLaneStates;
 
@@ -157,7 +162,7 @@ struct ScanBackward {
       }
       numbers[(kAgainTokens + i) * 32] = along_B;
       numbers[(2 * kAgainTokens + i) * 32] = along_A;
-      if (p.dB) add_channels(B, C, i);
+      if (p.dB || p.dC) add_channels(B, C, i);
     }
   }
 
@@ -181,19 +186,18 @@ struct ScanBackward {
 };
 
 // What a block has of those eight tokens, put together. row: of the first in [B T].
-template <class T>
 __device__ __forceinline__ void finish_groups(const SelectiveScanParams& p, const BackwardMemory& m,
                                               const ScanThread& thread, int group, int run,
                                               int64_t row, int tokens, bool first) {
   const int columns = 2 * kSliceStates, share_size = p.threads.slices * kAgainTokens * columns;
   const Share share = slice_share(p.threads, thread, 5);
-  const bool is_C = share.column & kSliceStates;
+  float* const all_runs = share.column & kSliceStates ? p.dC : p.dB;
   const int s = thread.slice * kSliceStates + share.column % kSliceStates;
-  if (s >= p.states) return;
+  if (!all_runs || s >= p.states) return;
   const float* const from =
       m.groups + thread.slice * kAgainTokens * columns + share.column % columns;
-  float* const to = (is_C ? p.dC : p.dB) + run * p.rows * p.groups * p.states +
-                    (row * p.groups + group) * p.states + s;
+  float* const to =
+      all_runs + run * p.rows * p.groups * p.states + (row * p.groups + group) * p.states + s;
 #pragma unroll 1
   for (int i = share.row; i < tokens; i += share.step) {
     float sum = 0.f;
@@ -246,7 +250,7 @@ template <class T>
 __global__ void __launch_bounds__(kMostScanThreads, 1) scan_backward(const SelectiveScanParams p) {
   const int run = blockIdx.x % p.runs, group = blockIdx.x / p.runs % p.groups;
   const int64_t slot = blockIdx.x / p.runs / p.groups;
-  const Span part = part_of(p, slot);
+  const Span part = tokens_of(p.parts, slot);
   const int tokens = static_cast<int>(part.end - part.begin);
   const int64_t blocks = p.threads.group_blocks;
   const int first = static_cast<int>(run * blocks / p.runs);
@@ -254,22 +258,22 @@ __global__ void __launch_bounds__(kMostScanThreads, 1) scan_backward(const Selec
   const BackwardMemory m(shared_memory(), p.threads);
   const ScanThread thread(p.threads);
   {
-    const auto rows = [&](const TokenRows& from) {
+    const auto rows = [&](const ScanRows& from) {
       return PartRows<T>(from, part.batch, part.begin, group, 0);
     };
     fill_groups(p, thread, m.tile, rows(p.B), rows(p.C), tokens);
   }
   for (int block = first; block < last; ++block) {
     const Place place(p, thread, group * p.threads.group_blocks + block);
-    const auto rows = [&](const TokenRows& from) {
+    const auto rows = [&](const ScanRows& from) {
       return PartRows<T>(from, part.batch, part.begin, 0, place.first);
     };
-    fill_channels(p, place, m.tile, rows(p.u), rows(p.delta), rows(p.z), rows(p.dout), tokens);
+    fill_channels(p, place, m.tile, rows(p.u), rows(p.delta), rows(p.z), tokens, rows(p.dout));
     __syncthreads();
 
     float* const carries = p.carries + slot * p.dim * p.states;
     float h[kLaneStates], dD = 0.f, dbias = 0.f;
-    ScanBackward<T> scan(p, m, thread, place);
+    ScanBackward scan(p, m, thread, place);
     place.load_A(p, scan.A);
 #pragma unroll
     for (int k = 0; k < kLaneStates; ++k) scan.dA[k] = 0.f;
@@ -280,7 +284,7 @@ __global__ void __launch_bounds__(kMostScanThreads, 1) scan_backward(const Selec
     }
 #pragma unroll 1
     for (int begin = (tokens - 1) & -kAgainTokens; begin >= 0; begin -= kAgainTokens) {
-      const int64_t row = part.batch * p.sequences.tokens + part.begin + begin;
+      const int64_t row = part.batch * p.parts.sequences.tokens + part.begin + begin;
       const int left = tokens - begin < kAgainTokens ? tokens - begin : kAgainTokens;
       if (begin > 0) {
         load(scan.start(begin / kAgainTokens), h);
@@ -288,12 +292,12 @@ __global__ void __launch_bounds__(kMostScanThreads, 1) scan_backward(const Selec
         place.load(carries, p.states, p.states, h);
       }
       if (left == kAgainTokens) {
-        scan.template back<true>(h, begin, left);
+        scan.back<true>(h, begin, left);
       } else {
-        scan.template back<false>(h, begin, left);
+        scan.back<false>(h, begin, left);
       }
       __syncthreads();
-      if (p.dB) finish_groups<T>(p, m, thread, group, run, row, left, block == first);
+      finish_groups(p, m, thread, group, run, row, left, block == first);
       finish_channels<T>(p, m, place, row, begin, left, dD, dbias);
       __syncthreads();
     }
@@ -320,28 +324,12 @@ __global__ void __launch_bounds__(kMostScanThreads, 1) scan_backward(const Selec
   }
 }
 
-// A lane a number, of which each warp adds up every eighth part.
-inline constexpr int kAddWarps = 8;
-
 template <class To>
-__global__ void __launch_bounds__(32 * kAddWarps)
+__global__ void __launch_bounds__(kAddThreads)
     add_scan_parts(const float* parts, int64_t num_parts, int64_t numbers, void* to) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t i = int64_t{blockIdx.x} * 32 + lane;
-  float sum = 0.f;
-  if (i < numbers) {
-#pragma unroll 8
-    for (int64_t part = warp; part < num_parts; part += kAddWarps) {
-      sum += parts[part * numbers + i];
-    }
-  }
-  const auto sums = reinterpret_cast<float*>(shared_memory());  // [warps, lanes]
-  sums[threadIdx.x] = sum;
-  __syncthreads();
-  if (warp > 0 || i >= numbers) return;
-  sum = 0.f;
-  for (int w = 0; w < kAddWarps; ++w) sum += sums[w * 32 + lane];
-  narrow(sum, static_cast<To*>(to)[i]);
+  const int64_t i = int64_t{blockIdx.x} * 32 + threadIdx.x % 32;
+  const float sum = sum_of_parts(parts, num_parts, numbers, i);
+  if (threadIdx.x < 32 && i < numbers) narrow(sum, static_cast<To*>(to)[i]);
 }
 
 }  // namespace memkernels::scan::cuda

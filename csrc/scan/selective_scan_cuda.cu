@@ -8,19 +8,18 @@ namespace memkernels::scan::cuda {
 SelectiveScanParams scan_params(const char* op, const SelectiveScanArgs& a) {
   check_supported(op, "u", a.u);
   SelectiveScanParams p{};
-  p.sequences = sequence_params(a.sequences);
+  p.parts = part_params(a.sequences, kScanPartTokens);
   p.rows = a.u.shape[0] * a.u.shape[1];
-  p.row_parts = ceil_div(a.sequences.tokens, kPartTokens);
-  p.u = token_rows(a.u);
-  p.delta = token_rows(a.delta);
-  p.z = token_rows(a.z);
-  p.B = token_rows(a.B);
-  p.C = token_rows(a.C);
+  p.u = scan_rows(a.u);
+  p.delta = scan_rows(a.delta);
+  p.z = scan_rows(a.z);
+  p.B = scan_rows(a.B);
+  p.C = scan_rows(a.C);
   p.A = static_cast<const float*>(a.A.data);
   p.A_stride = a.A.stride[0];
   p.D = static_cast<const float*>(a.D.data);
   p.bias = static_cast<const float*>(a.delta_bias.data);
-  p.initial = state_rows(a.initial_state);
+  p.initial = scan_state_rows(a.initial_state);
   p.dim = as_int(op, "channels", a.A.shape[0]);
   p.states = static_cast<int>(a.A.shape[1]);
   p.groups = static_cast<int>(a.B.shape[2]);
@@ -41,27 +40,22 @@ SelectiveScanParams scan_params(const char* op, const SelectiveScanArgs& a) {
   return p;
 }
 
-int64_t num_slots(const SelectiveScanParams& p) {
-  return p.sequences.cu_seqlens.data ? p.sequences.tokens / kPartTokens + p.sequences.count
-                                     : p.sequences.count * p.row_parts;
-}
-
 void selective_scan(const SelectiveScanArgs& a, const Context& ctx) {
   constexpr char op[] = "selective_scan";
   SelectiveScanParams p = scan_params(op, a);
   p.out = a.out.data;
-  const int64_t sequences = p.sequences.count;
+  const int64_t sequences = a.sequences.count;
   if (sequences == 0) return;
   const ScanThreads& t = p.threads;
   const DeviceGuard guard(op, ctx.device);
   const Limits limits = limits_of(op, ctx.device);
-  const int64_t blocks = int64_t{p.groups} * t.group_blocks, slots = num_slots(p);
+  const int64_t blocks = int64_t{p.groups} * t.group_blocks, slots = p.parts.count;
   // The work of a second exponential, and of two more launches, must be worth it.
   const int64_t warps = sequences * blocks * t.count() / 32;
   const bool cut = warps < 4 * limits.multiprocessors && slots >= 16 * sequences;
 
   const int64_t tile_bytes = ScanTile<ScanInput>::bytes(t);
-  const int64_t sums_bytes = kPartTokens * t.count() * int64_t{sizeof(float)};
+  const int64_t sums_bytes = kScanPartTokens * t.count() * int64_t{sizeof(float)};
   with_type(a.u.dtype, [&](auto type) {
     using T = decltype(type);
     const int64_t stage_bytes = Stage<T>::elements(t, p.z.data) * int64_t{sizeof(T)};

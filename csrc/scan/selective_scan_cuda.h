@@ -1,21 +1,21 @@
 // What the CUDA kernels of selective_scan read, and how they share the work.
 #pragma once
 
+#include "scan/parts.cuh"
 #include "scan/selective_scan.h"
-#include "scan/sequences.cuh"
 
 namespace memkernels::scan::cuda {
 
-inline constexpr int kPartTokens = 32;   // parts begin at every so many tokens of a sequence
-inline constexpr int kLaneStates = 4;    // of a thread, side by side
-inline constexpr int kSliceStates = 16;  // of a warp; fewer where there are no more
-inline constexpr int kAgainTokens = 8;   // whose states a thread of the backward keeps
-inline constexpr int kScanWarps = 4;     // of a block, unless its states need more
+inline constexpr int kScanPartTokens = 32;  // parts begin at every so many tokens of a sequence
+inline constexpr int kLaneStates = 4;       // of a thread, side by side
+inline constexpr int kSliceStates = 16;     // of a warp; fewer where there are no more
+inline constexpr int kAgainTokens = 8;      // whose states a thread of the backward keeps
+inline constexpr int kScanWarps = 4;        // of a block, unless its states need more
 inline constexpr int kMostScanThreads = 512;
 inline constexpr int kJoinThreads = 256;
-inline constexpr int kStepThreads = 256;
+inline constexpr int kSelectiveStepThreads = 256;
 
-struct TokenRows {
+struct ScanRows {
   const void* data;
   int64_t strides[3];  // of the batch, tokens, groups
 };
@@ -23,11 +23,11 @@ struct StateRows {
   const float* data;   // [N, D, S], or null: zeros
   int64_t strides[2];  // of sequences, channels
 };
-inline TokenRows token_rows(const TensorView& t) {
+inline ScanRows scan_rows(const TensorView& t) {
   if (!given(t)) return {};
   return {t.data, {t.stride[0], t.stride[1], t.ndim == 4 ? t.stride[2] : 0}};
 }
-inline StateRows state_rows(const TensorView& t) {
+inline StateRows scan_state_rows(const TensorView& t) {
   if (!given(t)) return {};
   return {static_cast<const float*>(t.data), {t.stride[0], t.stride[1]}};
 }
@@ -45,12 +45,11 @@ struct ScanThreads {
 };
 
 struct SelectiveScanParams {
-  SequenceParams sequences;
-  int64_t rows;                 // B T
-  int64_t row_parts;            // of a row of the batch, where sequences are not packed
-  TokenRows u, delta, z, dout;  // [B, T, D]; no data: absent
-  TokenRows B, C;               // [B, T, G, S]
-  const float *A, *D, *bias;    // [D, S], [D], [D]
+  PartParams parts;            // of kScanPartTokens; "slots" are their numbers
+  int64_t rows;                // B T
+  ScanRows u, delta, z, dout;  // [B, T, D]; no data: absent
+  ScanRows B, C;               // [B, T, G, S]
+  const float *A, *D, *bias;   // [D, S], [D], [D]
   int64_t A_stride;
   StateRows initial, dstate;
   int dim, states, groups, group_size;
@@ -64,7 +63,7 @@ struct SelectiveScanParams {
   float* carries;  // [slots, D, S]: what a part's tokens leave; then what is before the part
   float* grads;    // [slots, D, S]: what they want of what is before; then what is wanted behind
 
-  // Of the backward. All but the last two may be null.
+  // Of the backward. What is not wanted is null.
   void *du, *ddelta, *dz;  // [B, T, D]
   float* dinitial;         // [N, D, S]
   float *dB, *dC;          // [runs, B, T, G, S]
@@ -76,12 +75,10 @@ struct SelectiveScanParams {
 
 // Shapes, inputs and threads.
 SelectiveScanParams scan_params(const char* op, const SelectiveScanArgs& args);
-// How many places for parts there are: as many as the sequences might need, however long each is.
-int64_t num_slots(const SelectiveScanParams& p);
 
 struct SelectiveStepParams {
   // [B, D], [B, G, S]; the strides are those of rows and, of B and C, groups.
-  TokenRows u, delta, z, B, C;
+  ScanRows u, delta, z, B, C;
   const float *A, *D, *bias;
   int64_t A_stride;
   int dim, states, group_size;

@@ -27,18 +27,19 @@ struct Stage {
   PartRows<T, int> u, delta, z, B, C;
 
   __host__ __device__ __forceinline__ static int elements(const ScanThreads& threads, bool gated) {
-    return kPartTokens * ((gated ? 3 : 2) * threads.channels() + 2 * threads.slices * kSliceStates);
+    return kScanPartTokens *
+           ((gated ? 3 : 2) * threads.channels() + 2 * threads.slices * kSliceStates);
   }
   __device__ __forceinline__ Stage(T* memory, const ScanThreads& threads, bool gated)
       : u(memory, threads.channels()),
-        delta(u.data + kPartTokens * u.stride, u.stride),
-        z(gated ? delta.data + kPartTokens * u.stride : nullptr, u.stride),
-        B((gated ? z : delta).data + kPartTokens * u.stride, threads.slices * kSliceStates),
-        C(B.data + kPartTokens * B.stride, B.stride) {}
+        delta(u.data + kScanPartTokens * u.stride, u.stride),
+        z(gated ? delta.data + kScanPartTokens * u.stride : nullptr, u.stride),
+        B((gated ? z : delta).data + kScanPartTokens * u.stride, threads.slices * kSliceStates),
+        C(B.data + kScanPartTokens * B.stride, B.stride) {}
 };
 
 // Copies a sequence's rows to stages. A thread has one column of 16 bytes of one of the tensors,
-// and every so many rows; there are always fewer columns than threads.
+// and every so many rows; there are never more columns than threads.
 template <class T>
 struct RowCopies {
   static constexpr int kChunk = 16 / sizeof(T);
@@ -63,21 +64,21 @@ struct RowCopies {
     if (tensor < tensors) {
       column -= tensor * channel_columns;
       pitch = p.threads.channels();
-      to = tensor * kPartTokens * pitch;
+      to = tensor * kScanPartTokens * pitch;
       left = place.count;
     } else {
       column -= tensors * channel_columns;
       tensor = 3 + column / group_columns;
       column %= group_columns;
       pitch = group_pitch;
-      to = kPartTokens * (tensors * p.threads.channels() + (tensor - 3) * pitch);
+      to = kScanPartTokens * (tensors * p.threads.channels() + (tensor - 3) * pitch);
       left = p.states;
     }
-    const TokenRows& rows = tensor == 0   ? p.u
-                            : tensor == 1 ? p.delta
-                            : tensor == 2 ? p.z
-                            : tensor == 3 ? p.B
-                                          : p.C;
+    const ScanRows& rows = tensor == 0   ? p.u
+                           : tensor == 1 ? p.delta
+                           : tensor == 2 ? p.z
+                           : tensor == 3 ? p.B
+                                         : p.C;
     stride = rows.strides[1];
     column *= kChunk;
     left = row < row_step ? left - column : 0;
@@ -103,7 +104,7 @@ struct RowCopies {
       source += row_step * stride;
       place += row_step * pitch;
     }
-    from += kPartTokens * stride;
+    from += kScanPartTokens * stride;
     commit_copies();
   }
 };
@@ -116,18 +117,18 @@ __global__ void __launch_bounds__(kMostScanThreads, 1)
   const int64_t n = blockIdx.x / blocks;  // a sequence, or a slot
   const ScanThread thread(p.threads);
   const Place place(p, thread, blockIdx.x % blocks);
-  const Span span = p.carries ? part_of(p, n) : span_of(p.sequences, n);
+  const Span span = p.carries ? tokens_of(p.parts, n) : span_of(p.parts.sequences, n);
   if (span.begin == span.end && p.carries) return;
   const int64_t size = int64_t{p.dim} * p.states;
   const ScanTile<ScanInput> tile(shared_memory(), p.threads);
-  using Sums = ChannelNumbers<1, kPartTokens>;  // of C . h
+  using Sums = ChannelNumbers<1, kScanPartTokens>;  // of C . h
   float* const sums = tile.end(p.threads);
-  const auto staged = reinterpret_cast<T*>(sums + kPartTokens * p.threads.count());
+  const auto staged = reinterpret_cast<T*>(sums + kScanPartTokens * p.threads.count());
   const bool gated = p.z.data;
   const int stage_size = Stage<T>::elements(p.threads, gated);
   RowCopies<T> copies(p, place, span);
   const auto tokens_from = [&](int64_t begin) {
-    return static_cast<int>(clamp(span.end - begin, 0, kPartTokens));
+    return static_cast<int>(clamp(span.end - begin, 0, kScanPartTokens));
   };
 
   float A[kLaneStates], before[kLaneStates];
@@ -139,8 +140,8 @@ __global__ void __launch_bounds__(kMostScanThreads, 1)
     place.load(p.initial, n, p.states, before);
   }
   int current = 0;
-  for (int64_t begin = span.begin; begin < span.end; begin += kPartTokens) {
-    const int64_t next = begin + kPartTokens;
+  for (int64_t begin = span.begin; begin < span.end; begin += kScanPartTokens) {
+    const int64_t next = begin + kScanPartTokens;
     const int tokens = tokens_from(begin);
     const Stage<T> rows(staged + current * stage_size, p.threads, gated);
     wait_copies<0>();
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(kMostScanThreads, 1)
       copies.start(staged + current * stage_size, tokens_from(next));
     }
     fill_groups(p, thread, tile, rows.B, rows.C, tokens);
-    fill_channels(p, place, tile, rows.u, rows.delta, rows.z, rows.z, tokens);
+    fill_channels(p, place, tile, rows.u, rows.delta, rows.z, tokens);
     __syncthreads();
 
     float h[kLaneStates], left[kLaneStates], deltas = 0.f;
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(kMostScanThreads, 1)
       const Sums all_sums(sums, p.threads, share.column);
       PartColumn<T, int> gates(rows.z, share);
       T* out = static_cast<T*>(p.out) +
-               (span.batch * p.sequences.tokens + begin + share.row) * p.dim + channel;
+               (span.batch * p.parts.sequences.tokens + begin + share.row) * p.dim + channel;
       const int64_t out_step = int64_t{share.step} * p.dim;
       constexpr int kAhead = 2;
       for (int first = share.row; first < tokens; first += kAhead * share.step) {
@@ -216,66 +217,70 @@ __global__ void __launch_bounds__(kMostScanThreads, 1)
   if (!p.carries && p.state) place.store(before, p.state + n * size, p.states);
 }
 
-// What the tokens of parts leave, and for the backward what they want of the states before:
-// the sum of decays so far times C dy.
+// What the tokens of parts leave, and for the backward what they want of the states before, found
+// backwards, as a product of all decays may be beyond all numbers where it meets no gradient.
 template <class T, bool kBackward>
 __global__ void __launch_bounds__(kMostScanThreads, 1) scan_parts(const SelectiveScanParams p) {
   const int blocks = p.groups * p.threads.group_blocks;
   const int64_t slot = blockIdx.x / blocks;
-  const Span part = part_of(p, slot);
+  const Span part = tokens_of(p.parts, slot);
   const int tokens = static_cast<int>(part.end - part.begin);
   if (tokens == 0) return;
   const ScanThread thread(p.threads);
   const Place place(p, thread, blockIdx.x % blocks);
   using Input = std::conditional_t<kBackward, ScanInputAndGrad, ScanInput>;
   const ScanTile<Input> tile(shared_memory(), p.threads);
-  const auto rows = [&](const TokenRows& from) {
+  const auto rows = [&](const ScanRows& from) {
     return PartRows<T>(from, part.batch, part.begin, 0, place.first);
   };
-  const auto group_rows = [&](const TokenRows& from) {
+  const auto group_rows = [&](const ScanRows& from) {
     return PartRows<T>(from, part.batch, part.begin, place.group, 0);
   };
   fill_groups(p, thread, tile, group_rows(p.B),
               kBackward ? group_rows(p.C) : PartRows<T>(nullptr, 0), tokens);
-  fill_channels(p, place, tile, rows(p.u), rows(p.delta), rows(p.z), rows(p.dout), tokens);
+  fill_channels(p, place, tile, rows(p.u), rows(p.delta), rows(p.z), tokens, rows(p.dout));
   __syncthreads();
 
-  float A[kLaneStates], left[kLaneStates] = {}, decays[kLaneStates], wanted[kLaneStates] = {};
-  float deltas = 0.f;
+  float A[kLaneStates], left[kLaneStates] = {}, deltas = 0.f;
   place.load_A(p, A);
   const Input* const inputs = tile.channel(place);
   const float* const groups = tile.states(place);
-#pragma unroll
-  for (int i = 0; i < kLaneStates; ++i) decays[i] = 1.f;
 #pragma unroll 4
   for (int t = 0; t < tokens; ++t) {
     const Input input = inputs[t];
     const float x = input.delta * input.u;
-    float B[kLaneStates], C[kLaneStates];
+    float B[kLaneStates];
     load(groups + t * tile.kGroupPitch, B);
-    if constexpr (kBackward) load(groups + t * tile.kGroupPitch + kSliceStates, C);
     deltas += input.delta;
 #pragma unroll
     for (int i = 0; i < kLaneStates; ++i) {
-      const float decay = exp2_fast(input.delta * A[i]), added = x * B[i];
-      left[i] = fmaf(decay, left[i], added);
-      if constexpr (kBackward) {
-        decays[i] *= decay;
-        wanted[i] += decays[i] * (C[i] * input.dy);
-      }
+      left[i] = fmaf(exp2_fast(input.delta * A[i]), left[i], x * B[i]);
     }
   }
   const int64_t offset = slot * p.dim * p.states;
   place.store(left, p.carries + offset, p.states);
-  if constexpr (kBackward) place.store(wanted, p.grads + offset, p.states);
   if (place.used() && place.state == 0) p.deltas[slot * p.dim + place.own_channel()] = deltas;
+  if constexpr (kBackward) {
+    float wanted[kLaneStates] = {};
+#pragma unroll 4
+    for (int t = tokens - 1; t >= 0; --t) {
+      const Input input = inputs[t];
+      float C[kLaneStates];
+      load(groups + t * tile.kGroupPitch + kSliceStates, C);
+#pragma unroll
+      for (int i = 0; i < kLaneStates; ++i) {
+        wanted[i] = exp2_fast(input.delta * A[i]) * fmaf(C[i], input.dy, wanted[i]);
+      }
+    }
+    place.store(wanted, p.grads + offset, p.states);
+  }
 }
 
 // From sequence to sequence and state to state, a thread each: in the place of what each part left
 // what is before it; for both ways, by as many threads again from the last part to the first.
 static __global__ void __launch_bounds__(kJoinThreads)
     join_parts(const SelectiveScanParams p, bool both) {
-  const int64_t size = int64_t{p.dim} * p.states, all = p.sequences.count * size;
+  const int64_t size = int64_t{p.dim} * p.states, all = p.parts.sequences.count * size;
   int64_t i = int64_t{blockIdx.x} * kJoinThreads + threadIdx.x;
   const bool backward = i >= all;
   if (backward) i -= all;
@@ -287,9 +292,9 @@ static __global__ void __launch_bounds__(kJoinThreads)
   float* const parts = backward ? p.grads : p.carries;
   float* const to = backward ? p.dinitial : p.state;
   float x = from.data ? from.data[n * from.strides[0] + channel * from.strides[1] + s] : 0.f;
-  const Span span = span_of(p.sequences, n);
-  const int64_t slots = first_slot(p, n);
-  const int64_t count = (span.end - span.begin + kPartTokens - 1) / kPartTokens;
+  const Span span = span_of(p.parts.sequences, n);
+  const int64_t slots = first_part(p.parts, n, span);
+  const int64_t count = (span.end - span.begin + kScanPartTokens - 1) / kScanPartTokens;
   constexpr int kAhead = 8;
   for (int64_t first = 0; first < count; first += kAhead) {
     float left[kAhead] = {}, deltas[kAhead] = {};

@@ -7,11 +7,11 @@ void selective_scan_step(const SelectiveScanStepArgs& a, const Context& ctx) {
   constexpr char op[] = "selective_scan_step";
   check_supported(op, "u", a.u);
   SelectiveStepParams p{};
-  p.u = token_rows(a.u);
-  p.delta = token_rows(a.delta);
-  p.z = token_rows(a.z);
-  p.B = token_rows(a.B);
-  p.C = token_rows(a.C);
+  p.u = scan_rows(a.u);
+  p.delta = scan_rows(a.delta);
+  p.z = scan_rows(a.z);
+  p.B = scan_rows(a.B);
+  p.C = scan_rows(a.C);
   p.A = static_cast<const float*>(a.A.data);
   p.A_stride = a.A.stride[0];
   p.D = static_cast<const float*>(a.D.data);
@@ -27,10 +27,11 @@ void selective_scan_step(const SelectiveScanStepArgs& a, const Context& ctx) {
   p.out = a.out.data;
   p.lanes = 1;
   while (p.lanes < 32 && p.lanes * kLaneStates < p.states) p.lanes *= 2;
-  p.blocks = static_cast<int>(ceil_div(p.dim, kStepThreads / p.lanes));
+  p.blocks = static_cast<int>(ceil_div(p.dim, kSelectiveStepThreads / p.lanes));
   const DeviceGuard guard(op, ctx.device);
   with_type(a.u.dtype, [&](auto type) {
-    launch(op, ctx, step_states<decltype(type)>, a.u.shape[0] * p.blocks, kStepThreads, 0, p);
+    launch(op, ctx, step_channels<decltype(type)>, a.u.shape[0] * p.blocks, kSelectiveStepThreads,
+           0, p);
   });
 }
 

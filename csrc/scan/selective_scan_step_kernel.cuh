@@ -10,11 +10,12 @@
 namespace memkernels::scan::cuda {
 
 template <class T>
-__global__ void __launch_bounds__(kStepThreads) step_states(const SelectiveStepParams p) {
+__global__ void __launch_bounds__(kSelectiveStepThreads)
+    step_channels(const SelectiveStepParams p) {
   const int64_t row = blockIdx.x / p.blocks;
   const int lane = threadIdx.x % p.lanes;
   const int64_t channel =
-      int64_t{blockIdx.x % p.blocks} * (kStepThreads / p.lanes) + threadIdx.x / p.lanes;
+      int64_t{blockIdx.x % p.blocks} * (kSelectiveStepThreads / p.lanes) + threadIdx.x / p.lanes;
   const int64_t slot = slot_of(p.state_indices, row, p.slots);
   const bool used = channel < p.dim;
   T* const out = static_cast<T*>(p.out) + row * p.dim + channel;
@@ -22,13 +23,13 @@ __global__ void __launch_bounds__(kStepThreads) step_states(const SelectiveStepP
     if (used && lane == 0) narrow(0.f, *out);
     return;
   }
-  const auto of_channel = [&](const TokenRows& rows) {
+  const auto of_channel = [&](const ScanRows& rows) {
     return widen(static_cast<const T*>(rows.data)[row * rows.strides[0] + channel]);
   };
   float u = 0.f, y = 0.f;
   if (used) {
     const int64_t group = channel / p.group_size;
-    const auto of_group = [&](const TokenRows& rows) {
+    const auto of_group = [&](const ScanRows& rows) {
       return static_cast<const T*>(rows.data) + row * rows.strides[0] + group * rows.strides[1];
     };
     const T *const B = of_group(p.B), *const C = of_group(p.C);

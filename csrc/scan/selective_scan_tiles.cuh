@@ -8,21 +8,12 @@ namespace memkernels::scan::cuda {
 
 // ---- parts ----
 
-__device__ __forceinline__ int64_t first_slot(const SelectiveScanParams& p, int64_t n) {
-  if (!p.sequences.cu_seqlens.data) return n * p.row_parts;
-  return clamp(at(p.sequences.cu_seqlens, n), 0, p.sequences.tokens) / kPartTokens + n;
-}
 // The tokens of a part; none in a slot that is not used.
-__device__ __forceinline__ Span part_of(const SelectiveScanParams& p, int64_t slot) {
-  const int64_t n =
-      p.sequences.cu_seqlens.data
-          ? last_at_most(p.sequences.count, slot, [&](int64_t i) { return first_slot(p, i); })
-          : slot / p.row_parts;
-  Span span = span_of(p.sequences, n);
-  const int64_t index = slot - first_slot(p, n);
-  span.begin = index < 0 ? span.end : clamp(span.begin + index * kPartTokens, 0, span.end);
-  span.end = clamp(span.begin + kPartTokens, 0, span.end);
-  return span;
+__device__ __forceinline__ Span tokens_of(const PartParams& parts, int64_t slot) {
+  const Part part = part_at(parts, slot);
+  const Span& all = part.span;
+  const int64_t begin = clamp(all.begin + part.begin, 0, all.end);
+  return {all.batch, begin, clamp(begin + kScanPartTokens, 0, all.end)};
 }
 
 // ---- channels, states and tiles of a block ----
@@ -104,7 +95,7 @@ struct PartRows {
   Stride stride;
 
   __device__ __forceinline__ PartRows(const T* data, Stride stride) : data(data), stride(stride) {}
-  __device__ __forceinline__ PartRows(const TokenRows& rows, int64_t batch, int64_t token,
+  __device__ __forceinline__ PartRows(const ScanRows& rows, int64_t batch, int64_t token,
                                       int64_t group, int64_t column)
       : data(static_cast<const T*>(rows.data)), stride(rows.strides[1]) {
     if (data) data += batch * rows.strides[0] + token * stride + group * rows.strides[2] + column;
@@ -136,20 +127,20 @@ struct alignas(16) ScanInputAndGrad {
 // A part as it is computed with, in shared memory.
 template <class Input>
 struct ScanTile {
-  static constexpr int kPitch = kPartTokens + 1;        // so that channels lie in different banks
+  static constexpr int kPitch = kScanPartTokens + 1;    // so that channels lie in different banks
   static constexpr int kGroupPitch = 2 * kSliceStates;  // from token to token
   Input* inputs;                                        // [channels, kPitch]
   float* groups;                                        // [slices, tokens, 2, kSliceStates]: B, C
 
   static int bytes(const ScanThreads& threads) {
     return threads.channels() * kPitch * static_cast<int>(sizeof(Input)) +
-           threads.slices * kPartTokens * kGroupPitch * static_cast<int>(sizeof(float));
+           threads.slices * kScanPartTokens * kGroupPitch * static_cast<int>(sizeof(float));
   }
   __device__ __forceinline__ ScanTile(char* memory, const ScanThreads& threads)
       : inputs(reinterpret_cast<Input*>(memory)),
         groups(reinterpret_cast<float*>(inputs + threads.channels() * kPitch)) {}
   __device__ __forceinline__ float* end(const ScanThreads& threads) const {
-    return groups + threads.slices * kPartTokens * kGroupPitch;
+    return groups + threads.slices * kScanPartTokens * kGroupPitch;
   }
 
   // Of a thread: its channel, and B of its states, C kSliceStates behind; by token.
@@ -158,7 +149,7 @@ struct ScanTile {
   }
   __device__ __forceinline__ const float* states(const Place& place) const {
     const int slice = place.state / kSliceStates, state = place.state % kSliceStates;
-    return groups + slice * kPartTokens * kGroupPitch + state;
+    return groups + slice * kScanPartTokens * kGroupPitch + state;
   }
 };
 
@@ -171,8 +162,8 @@ __device__ __forceinline__ void fill_groups(const SelectiveScanParams& p, const 
   const Share share = slice_share(p.threads, thread, 4);
   const bool used = share.column < p.states;
   PartColumn<T, Stride> b(B, share), c(C, share);
-  float* to =
-      tile.groups + (thread.slice * kPartTokens + share.row) * kPitch + share.column % kSliceStates;
+  float* to = tile.groups + (thread.slice * kScanPartTokens + share.row) * kPitch +
+              share.column % kSliceStates;
   for (int first = share.row; first < tokens; first += kAhead * share.step) {
     float x[kAhead] = {}, y[kAhead] = {};
 #pragma unroll
@@ -198,8 +189,8 @@ __device__ __forceinline__ void fill_channels(const SelectiveScanParams& p, cons
                                               const ScanTile<Input>& tile,
                                               const PartRows<T, Stride>& u,
                                               const PartRows<T, Stride>& delta,
-                                              const PartRows<T, Stride>& z,
-                                              const PartRows<T, Stride>& dout, int tokens) {
+                                              const PartRows<T, Stride>& z, int tokens,
+                                              const PartRows<T, Stride>& dout = {nullptr, 0}) {
   constexpr bool kBackward = sizeof(Input) > sizeof(ScanInput);
   constexpr int kAhead = 4;
   const Share share = plain_share(p.threads, p.threads.channel_bits);
