@@ -230,8 +230,16 @@ def steps_of_wild_slots(run):
 # ---- feature maps --------------------------------------------------------------------------------
 
 # Of 16 bytes and not, of one group of rows and several, of several stretches of features, and of
-# more neighbours than two chunks hold.
-MAPS = [((3, 11, 16), 3), ((5, 37), 2), ((40, 8), 9), ((2, 3, 9), 25), ((9, 64), 1), ((3, 1), 4)]
+# more neighbours than two chunks hold; of 16 bytes only all rows together.
+MAPS = [
+    ((3, 11, 16), 3),
+    ((5, 37), 2),
+    ((40, 8), 9),
+    ((2, 3, 9), 25),
+    ((9, 64), 1),
+    ((3, 1), 4),
+    ((8, 10), 2),
+]
 
 
 def map_cases(kinds=KINDS):

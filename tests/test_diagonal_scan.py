@@ -112,6 +112,45 @@ def test_products_of_decays_make_nothing_that_steps_do_not(scan_ops, length):
         assert_same_bits(h, scan_ops.diagonal_scan(x, every, start)[0][..., :5])
 
 
+# Decays, and how many there are of each, then ones; and what they multiply.
+PRODUCTS = [
+    ([(20, 32)], 1e-10),
+    ([(1e3, 16), (1e-3, 16)], 1e-20),
+    ([(1e-3, 16), (1e3, 16)], 1e20),
+    ([(0.01, 32)], 1e38),
+    ([(1e30, 1), (-1e-30, 1)] * 10, 1e-30),
+    ([(1e-40, 1), (1e20, 2)], 2),
+    ([(3e38, 1), (2e-38, 1)] * 4, 2e-38),
+    ([(1e10, 3), (0, 1)], 1e-30),
+    ([(0, 1), (1e30, 20)], 1),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_products_of_decays_beyond_the_range_of_numbers(scan_ops, dtype):
+    """Where no state is: forward and backward, in a short sequence and a long one to the bit."""
+    start = torch.tensor([[carry for _, carry in PRODUCTS]]).to(dtype)
+    phase = 1j if dtype.is_complex else 1  # whose 64th power is 1
+    results = []
+    for length in 64, 1088:
+        a = torch.ones(1, length, len(PRODUCTS))
+        for column, (decays, _) in enumerate(PRODUCTS):
+            values = torch.cat([torch.full((n,), float(x)) for x, n in decays])
+            a[0, : len(values), column] = values
+        expected = start.to(torch.complex128) * a.double().prod(1)
+        a = a.to(dtype) * phase
+        x = torch.zeros_like(a)
+        _, state = scan_ops.diagonal_scan(x, a, start, output_final_state=True)
+        initial = torch.zeros_like(start).requires_grad_()
+        _, end = scan_ops.diagonal_scan(x, a.conj().flip(1), initial, output_final_state=True)
+        (grad,) = torch.autograd.grad(end, initial, start)
+        for actual in state, grad:
+            error = (actual.to(expected.dtype) - expected).abs()
+            assert (error <= 1e-4 * expected.abs()).all()
+        results.append((state, grad))
+    assert_same_bits(*results)
+
+
 # ---- resets --------------------------------------------------------------------------------------
 
 

@@ -145,3 +145,15 @@ ERRORS = {
 @pytest.mark.parametrize("error", ERRORS)
 def test_errors_name_the_argument(scan_ops, error):
     check_error(scan_ops, "feature_map", map_case(4, 6, kind="elu1"), ERRORS[error])
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "error"),
+    [
+        ((2, 4), "dpfp", "nu must be at most"),
+        ((0, 2**33), "taylor2", "x has 8589934592 columns; taylor2"),
+    ],
+)
+def test_more_features_than_can_be_counted(kernels, shape, kind, error):
+    with pytest.raises(RuntimeError, match=f"feature_map: {error}"):
+        kernels.feature_map(torch.ones(shape), kind, nu=2**61)

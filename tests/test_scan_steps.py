@@ -172,6 +172,25 @@ def test_no_rows_and_no_slots(scan_ops, op):
         check(scan_ops, op, step_of(op, slots, num_slots), slack=SLACK)
 
 
+@pytest.mark.parametrize("op", ["linear_attention_step", "delta_rule_step"])
+def test_no_heads(kernels, op):
+    q, v, state = torch.zeros(2, 0, 8), torch.zeros(2, 0, 4), torch.zeros(2, 0, 8, 4)
+    beta = {"beta": torch.zeros(2, 0)} if op == "delta_rule_step" else {}
+    assert getattr(kernels, op)(q=q, k=q, v=v, state=state, **beta).shape == (2, 0, 4)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_the_normaliser_moves_on_without_values(kernels, gate):
+    sizes = [2, -1, 0], 4, (2, 4)
+    none, some = (
+        step_case("linear_attention", *sizes, (12, n), gate=gate, normalize=True) for n in (0, 3)
+    )
+    some |= {name: none[name] for name in "qkgz"}
+    out, state, z = outcome(kernels, "linear_attention_step", none)
+    assert out.shape == (3, 4, 0) and state.shape == (4, 4, 12, 0)
+    assert_same_bits(z, outcome(kernels, "linear_attention_step", some)[2])
+
+
 @each_step
 def test_padded_pools(scan_ops, op):
     """Slots lie apart: every other one of a wider pool."""

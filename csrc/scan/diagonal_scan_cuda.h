@@ -11,10 +11,10 @@ inline constexpr int kDiagonalWarps = 8;  // the most of a block
 inline constexpr int kSumWarps = 8;
 inline constexpr int kSumParts = 64;  // that a warp adds up at a time
 
-// What a part makes of the carry that comes into it: a * carry + b, of two columns or of one
+// What a part makes of the carry that comes into it: a scale^3 carry + b, of two columns or of one
 // complex number.
-struct alignas(16) Summary {
-  float a[2], b[2];
+struct alignas(8) Summary {
+  float a[2], b[2], scale[2];
 };
 
 // A block takes all tiles of a sequence, one after another; or one tile, whose parts it sums up, or

@@ -9,12 +9,14 @@
 // conj(h[t - 1]), from h as it was rounded. A da of all tokens is summed by parts, and then over
 // them by another kernel.
 //
-// A reset cuts off all before it. Where the carry is 0, so is its product with an A that
-// overflowed; and an A does not become 0 by underflow, as it would make a NaN of an infinite carry.
+// A reset cuts off all before it. Powers of two of A are counted apart, as a product of decays may
+// leave the range of float32 where the recurrence does not: so A is 0 or infinite only by a decay
+// that is.
 //
 // Cost of an element in bfloat16: x and a read, h written once, 6 bytes, backward 10; between two
-// kernels x and a, of a backward dh and a, are read twice. Some 19 and 35 instructions of the 43
-// and 71 that an H200 issues meanwhile: bound by memory.
+// kernels x and a, of a backward dh and a, are read twice. Some 24 and 39 instructions of the 43
+// and 71 that an H200 issues meanwhile, 25 more in parts with a decay of 0: bound by memory, but
+// there.
 #pragma once
 
 #include "core/cuda/chunk.cuh"
@@ -53,16 +55,82 @@ struct Numbers {
     if constexpr (kComplex) x[1] = -x[1];
   }
 
-  // What a part lets out of a carry.
-  __device__ __forceinline__ static void pass(float (&carry)[2], const Summary& s, bool cut) {
-    float next[2];
-    multiply_add(s.a, carry, s.b, next);
-    const bool none[2] = {carry[0] == 0.f && s.a[0] == s.a[0], carry[1] == 0.f && s.a[1] == s.a[1]};
+  // Takes powers of two out of normal numbers and counts them: magnitudes, of a complex number that
+  // of the larger part, become 2 to 4. Returns less than kNormal if one is not normal.
+  static constexpr unsigned kNormal = 2u << 24;
+  __device__ __forceinline__ static unsigned split(float (&a)[2], int (&exponents)[2]) {
+    const uint32_t bits[2] = {float_to_bits(a[0]), float_to_bits(a[1])};
+    uint32_t places[2] = {bits[0] << 1, bits[1] << 1};
+    if constexpr (kComplex) {
+      places[0] = places[0] > places[1] ? places[0] : places[1];
+      const float factor = bits_to_float(0x7f800000u - (places[0] >> 1 & 0x7f800000u));
+      a[0] *= factor, a[1] *= factor;
+    } else {
+      a[0] = bits_to_float((bits[0] & 0x807fffffu) | 0x40000000u);
+      a[1] = bits_to_float((bits[1] & 0x807fffffu) | 0x40000000u);
+    }
+    unsigned least = ~0u;
+#pragma unroll
+    for (int e = 0; e < (kComplex ? 1 : 2); ++e) {
+      const unsigned place = places[e] + (1u << 24);  // behind 0 and denormals, infinity and NaN
+      exponents[e] += static_cast<int>(place >> 24) - 129;
+      least = place < least ? place : least;
+    }
+    return least;
+  }
+  // Of any numbers; 0 and what is not finite stay, and count nothing.
+  __device__ __forceinline__ static void split_any(float (&a)[2], int (&exponents)[2]) {
+    constexpr int kParts = kComplex ? 2 : 1;
+#pragma unroll
+    for (int n = 0; n < 2 / kParts; ++n) {
+      float* const parts = a + n;
+      float size = fabsf(parts[0]);
+      if constexpr (kComplex) size = fmaxf(size, fabsf(parts[1]));
+      if (!(size > 0.f && size < kInfinity)) {
+        exponents[n] = 0;
+        continue;
+      }
+      if (size < 0x1p-100f) {
+#pragma unroll
+        for (int e = 0; e < kParts; ++e) parts[e] *= 0x1p100f;
+        size *= 0x1p100f;
+        exponents[n] -= 100;
+      }
+      const int exponent = static_cast<int>(float_to_bits(size) >> 23);
+#pragma unroll
+      for (int e = 0; e < kParts; ++e) parts[e] *= power_of_two(128 - exponent);
+      exponents[n] += exponent - 128;
+    }
+  }
+  // 2^e, of -126 to 127.
+  __device__ __forceinline__ static float power_of_two(int e) {
+    return bits_to_float(static_cast<uint32_t>(e + 127) << 23);
+  }
+
+  // The A of a product of split numbers and what they count.
+  __device__ __forceinline__ static void join(float (&a)[2], int (&exponents)[2], Summary& s) {
+    split_any(a, exponents);
+    if constexpr (kComplex) exponents[1] = exponents[0];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const bool without = kComplex ? none[0] && none[1] : none[e];
-      carry[e] = cut || without ? s.b[e] : next[e];
+      constexpr int kMost = 3 * 126;  // more than from the least number to the greatest
+      int exponent = exponents[e] > kMost ? kMost : exponents[e];
+      if (exponent < -kMost) exponent = -kMost;
+      const int third = (exponent + kMost) / 3 - kMost / 3;
+      s.a[e] = a[e] * power_of_two(exponent - 3 * third);
+      s.scale[e] = power_of_two(third);
     }
+  }
+
+  // What a part lets out of a carry. It is scaled in steps towards what comes out, and A is not
+  // less than 1: so none leaves the range of float32 where that does not.
+  __device__ __forceinline__ static void pass(float (&carry)[2], const Summary& s, bool cut) {
+    float next[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) next[e] = carry[e] * s.scale[e] * s.scale[e] * s.scale[e];
+    multiply_add(s.a, next, s.b, next);
+    carry[0] = cut ? s.b[0] : next[0];
+    carry[1] = cut ? s.b[1] : next[1];
   }
 };
 
@@ -196,27 +264,26 @@ struct DiagonalLane {
   __device__ __forceinline__ Summary sum_up(int stage, int count, unsigned resets) const {
     const Rows xs = rows(stage), as = decays(stage);
     Summary s{};
-    float least[2] = {kInfinity, kInfinity};
+    float product[2] = {1.f, kComplex ? 0.f : 1.f};
+    int exponents[2] = {};
+    unsigned least = ~0u;
     const auto token = [&](int i, bool begins) {
       float a[2], x[2];
       as(i, a);
       xs(i, x);
       if constexpr (kBackward) N::conjugate(a);
       if (begins) {
-        s.a[0] = a[0], s.a[1] = a[1];
         s.b[0] = x[0], s.b[1] = x[1];
         if constexpr (kBackward) N::multiply(a, x, s.b);
+      } else if constexpr (kBackward) {
+        s.b[0] += x[0], s.b[1] += x[1];
+        N::multiply(a, s.b, s.b);
       } else {
-        if constexpr (kBackward) {
-          s.b[0] += x[0], s.b[1] += x[1];
-          N::multiply(a, s.b, s.b);
-        } else {
-          N::multiply_add(a, s.b, x, s.b);
-        }
-        N::multiply(a, s.a, s.a);
+        N::multiply_add(a, s.b, x, s.b);
       }
-#pragma unroll
-      for (int e = 0; e < 2; ++e) least[e] = fminf(least[e], fabsf(a[e]));
+      const unsigned place = N::split(a, exponents);
+      least = place < least ? place : least;
+      N::multiply(a, product, product);
     };
     if constexpr (kBackward) {
       const int last = (resets ? lowest(resets) : count) - 1;
@@ -229,10 +296,19 @@ struct DiagonalLane {
 #pragma unroll 4
       for (int i = begin + 1; i < count; ++i) token(i, false);
     }
-#pragma unroll
-    for (int e = 0; e < 2 && !kComplex; ++e) {
-      if (s.a[e] == 0.f && least[e] > 0.f) s.a[e] = bits_to_float(float_to_bits(s.a[e]) | 1);
+    if (least < N::kNormal && !resets) {
+      product[0] = 1.f, product[1] = kComplex ? 0.f : 1.f;
+      exponents[0] = exponents[1] = 0;
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        float a[2];
+        as(kBackward ? count - 1 - i : i, a);
+        if constexpr (kBackward) N::conjugate(a);
+        N::split_any(a, exponents);
+        N::multiply(a, product, product);
+      }
     }
+    N::join(product, exponents, s);
     return s;
   }
 
@@ -363,7 +439,7 @@ __global__ void __launch_bounds__(32 * kDiagonalWarps, 2) diagonal_scan(const Di
   const int first_stage = stages + warp * 2 * tensors * Lane::kTile;
   const auto summaries = reinterpret_cast<Summary*>(
       Lane::shared(stages + warps * 2 * tensors * Lane::kTile));         // [2, warps, lanes]
-  const auto cuts = reinterpret_cast<int*>(summaries + 2 * warps * 32);  // [2, warps]
+  const auto cuts = reinterpret_cast<int*>(summaries + 2 * warps * 32);  // [2, kDiagonalWarps]
   float carry[2];
   columns.read(p.start, p.start_stride, carry);
   if (columns.parts == 0 && warp == 0) columns.write_end(carry);
@@ -429,7 +505,7 @@ __global__ void __launch_bounds__(32 * kDiagonalWarps)
     };
 #pragma unroll
     for (int ahead = 0; ahead < kAhead; ++ahead) {
-      if (done + ahead >= parts) break;
+      if (done + ahead + 1 >= parts) break;  // nothing follows the last
       summaries[ahead] = p.summaries[number(ahead) * lanes + lane];
       cuts[ahead] = p.cuts[number(ahead)];
     }
@@ -438,7 +514,9 @@ __global__ void __launch_bounds__(32 * kDiagonalWarps)
       if (done + ahead >= parts) break;
       Summary& to = p.summaries[number(ahead) * lanes + lane];
       to.b[0] = carry[0], to.b[1] = carry[1];
-      Numbers<kComplex>::pass(carry, summaries[ahead], cuts[ahead]);
+      if (done + ahead + 1 < parts) {
+        Numbers<kComplex>::pass(carry, summaries[ahead], cuts[ahead]);
+      }
     }
   }
 }

@@ -1,6 +1,7 @@
 #include "scan/feature_map.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "core/check.h"
 #include "core/memory.h"
@@ -40,10 +41,16 @@ void for_rows(const char* op, const FeatureMapArgs& a, const Context& ctx, const
 int64_t num_features(const char* op, FeatureKind kind, int64_t dim, int64_t nu) {
   check(nu >= 1, op, "nu must be at least 1, got ", nu);
   switch (kind) {
-    case FeatureKind::taylor2:
+    case FeatureKind::taylor2: {
+      constexpr int64_t kMost = int64_t{1} << 31;
+      check(dim <= kMost, op, "x has ", dim, " columns; taylor2 supported: up to ", kMost);
       return 1 + dim + dim * (dim + 1) / 2;
-    case FeatureKind::dpfp:
+    }
+    case FeatureKind::dpfp: {
+      const int64_t most = std::numeric_limits<int64_t>::max() / 2 / std::max<int64_t>(1, dim);
+      check(nu <= most, op, "nu must be at most ", most, " of ", dim, " columns, got ", nu);
       return 2 * dim * nu;
+    }
     default:
       return dim;
   }

@@ -30,6 +30,11 @@ bool contiguous(const MapRows& rows, int64_t dim) {
   return rows.num_dims == 1 && (rows.shape[0] <= 1 || rows.stride[0] == dim);
 }
 
+void as_one_row(FeatureMapParams& p) {
+  p.dim *= p.rows;
+  p.rows = p.x.shape[0] = p.dout.shape[0] = 1;
+}
+
 // Whether rows begin at 16 bytes.
 bool aligned(const MapRows& rows, Dtype dtype) {
   int64_t offsets = static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.data));
@@ -112,7 +117,7 @@ void feature_map(const FeatureMapArgs& a, const Context& ctx) {
                ceil_div(p.rows * 2 * p.dim / count, kMapThreads), kMapThreads, 0, p);
       });
     default:
-      if (contiguous(p.x, p.dim)) p.dim *= p.rows, p.rows = 1;
+      if (contiguous(p.x, p.dim)) as_one_row(p);
       return with_chunks(p, a.x.dtype, [&](auto type, auto count) {
         launch(op, ctx, map_elements<decltype(type), count>,
                ceil_div(p.rows * p.dim / count, kMapThreads), kMapThreads, 0, p);
@@ -145,7 +150,7 @@ void feature_map_backward(const FeatureMapArgs& a, const FeatureMapGrads& g, con
                ceil_div(p.rows * p.dim / count, kMapThreads), kMapThreads, 0, p);
       });
     default:
-      if (contiguous(p.x, p.dim) && contiguous(p.dout, p.dim)) p.dim *= p.rows, p.rows = 1;
+      if (contiguous(p.x, p.dim) && contiguous(p.dout, p.dim)) as_one_row(p);
       return with_chunks(p, a.x.dtype, [&](auto type, auto count) {
         launch(op, ctx, map_elements_backward<decltype(type), count>,
                ceil_div(p.rows * p.dim / count, kMapThreads), kMapThreads, 0, p);

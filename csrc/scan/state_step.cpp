@@ -85,7 +85,7 @@ void state_step(const char* op, const StateStepArgs& a, const Context& ctx) {
 #endif
   const int64_t batch = a.v.shape[0], values = a.v.shape[2];
   const int64_t heads = batch * a.v.shape[1];
-  if (heads == 0 || values == 0) return;
+  if (heads == 0 || (values == 0 && !given(a.z))) return;
   std::vector<int64_t> slots(batch);
   for (int64_t row = 0; row < batch; ++row) slots[row] = slot_of(a.state_indices, row);
 
@@ -100,7 +100,7 @@ void state_step(const char* op, const StateStepArgs& a, const Context& ctx) {
   constexpr int64_t kColumns = 64;
   const int64_t most_pieces = given(a.z) ? 1 : std::max<int64_t>(1, workers / groups);
   const int64_t columns = ((values - 1) / (kColumns * most_pieces) + 1) * kColumns;
-  const int64_t pieces = (values + columns - 1) / columns;
+  const int64_t pieces = std::max<int64_t>(1, (values + columns - 1) / columns);
   const size_t scratch_bytes = kernel.scratch_bytes(a);
   const Workspace workspace = allocate_workspace(workers * scratch_bytes);
   char* const scratch = static_cast<char*>(workspace.get());

@@ -46,7 +46,7 @@ StateStepParams params_of(const char* op, const StateStepArgs& a) {
   p.slots = a.state.shape[0];
   p.heads = as_int(op, "heads", a.v.shape[1]);
   p.all_heads = as_int(op, "heads of all rows", a.v.shape[0] * a.v.shape[1]);
-  p.group = p.heads / static_cast<int>(a.q.shape[1]);
+  p.group = p.heads / std::max(1, static_cast<int>(a.q.shape[1]));
   constexpr int kStep = kStepThreads * kStepRows;  // that loops may pass an end by
   p.keys = as_int(op, "rows of a state", a.k.shape[2] + kStep) - kStep;
   p.values = as_int(op, "columns of a state", a.v.shape[2] + kStep) - kStep;
@@ -63,10 +63,18 @@ StateStepParams params_of(const char* op, const StateStepArgs& a) {
 
 void state_step(const char* op, const StateStepArgs& a, const Context& ctx) {
   StateStepParams p = params_of(op, a);
-  if (p.all_heads == 0 || p.values == 0) return;
+  if (p.all_heads == 0) return;
   const bool columns_aligned = p.values % kStepColumns == 0 && aligned(a.state, kStepColumns) &&
                                aligned(a.v, kStepColumns) && aligned(a.out, kStepColumns);
   const DeviceGuard guard(op, ctx.device);
+  if (given(a.z)) {
+    p.factors = static_cast<float*>(ctx.allocate(ctx, p.all_heads * sizeof(float)));
+    with_type(a.q.dtype, [&](auto type) {
+      launch(op, ctx, step_normalisers<decltype(type)>, ceil_div(p.all_heads, kStepThreads / 32),
+             kStepThreads, 0, p);
+    });
+  }
+  if (p.values == 0) return;
 
   // Narrow tiles only where wide ones would leave multiprocessors idle: 32 bytes of a row are the
   // least that memory moves.
@@ -89,15 +97,8 @@ void state_step(const char* op, const StateStepArgs& a, const Context& ctx) {
   const auto blocks = [&] { return ceil_div(p.tiles, threads / tile_threads); };
   while (threads > std::max(32, tile_threads) && blocks() < enough) threads /= 2;
 
-  if (given(a.z)) {
-    p.factors = static_cast<float*>(ctx.allocate(ctx, p.all_heads * sizeof(float)));
-  }
   with_type(a.q.dtype, [&](auto type) {
     using T = decltype(type);
-    if (given(a.z)) {
-      launch(op, ctx, step_normalisers<T>, ceil_div(p.all_heads, kStepThreads / 32), kStepThreads,
-             0, p);
-    }
     launch(op, ctx, columns_aligned ? step_states<T, true> : step_states<T, false>, blocks(),
            threads, threads / 32 * p.lanes * sizeof(StepSums), p);
   });
