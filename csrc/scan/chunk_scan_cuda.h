@@ -13,9 +13,7 @@ inline constexpr int kBlock = 16;  // tokens: a tile of a matrix product
 inline constexpr int kMostKeys = 256;
 
 // Tokens of a chunk, for rows of up to `dim` elements of that size: 16 KiB of rows.
-constexpr int chunk_tokens(int element, int dim) {
-  return 16384 / (element * dim) < 64 ? 16384 / (element * dim) : 64;
-}
+constexpr int chunk_tokens(int element, int dim) { return 16384 / (element * dim); }
 
 // Rows [B, T, heads, dim] in memory.
 struct TokenRows {
@@ -139,9 +137,7 @@ struct ChunkGradParams {
 template <class Run>
 void with_shape(Dtype dtype, int64_t keys, const Run& run) {
   with_type(dtype, [&](auto type) {
-    if (keys <= 64) {
-      run(type, std::integral_constant<int, 64>());
-    } else if (keys <= 128) {
+    if (keys <= 128) {
       run(type, std::integral_constant<int, 128>());
     } else {
       run(type, std::integral_constant<int, kMostKeys>());
