@@ -10,12 +10,7 @@ namespace memkernels::lookup::cuda {
 namespace {
 
 // Whether each row begins at 16 bytes.
-bool aligned(const TensorView& t) {
-  if (!given(t)) return true;
-  int64_t offsets = static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data));
-  for (int i = 0; i + 1 < t.ndim; ++i) offsets |= t.stride[i] * item_size(t.dtype);
-  return offsets % 16 == 0;
-}
+bool aligned(const TensorView& t) { return is_aligned(t, t.ndim - 1, 16); }
 
 bool inputs_aligned(const EngramGateArgs& a) {
   return aligned(a.hidden) && aligned(a.k) && aligned(a.v) && aligned(a.weight) &&

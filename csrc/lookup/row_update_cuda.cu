@@ -43,19 +43,17 @@ RowUpdateParams params_of(const char* op, const RowUpdateArgs& a) {
 }
 
 // Whether rows can be moved by that many elements.
-bool is_aligned(const TensorView& t, int elements) {
-  if (!given(t) || t.ndim < 2) return true;
-  const int64_t bytes = elements * item_size(t.dtype);
-  return (reinterpret_cast<intptr_t>(t.data) | t.stride[0] * item_size(t.dtype)) % bytes == 0;
+bool rows_aligned(const TensorView& t, int elements) {
+  return t.ndim < 2 || is_aligned(t, 1, elements * item_size(t.dtype));
 }
 
 template <class T, class Rule>
 void run(const char* op, const RowUpdateArgs& a, const Context& ctx) {
   const RowUpdateParams p = params_of(op, a);
   constexpr int kElements = 4;
-  const bool aligned = p.dim % kElements == 0 && is_aligned(a.param, kElements) &&
-                       is_aligned(a.first, kElements) && is_aligned(a.second, kElements) &&
-                       is_aligned(a.grads, kElements);
+  const bool aligned = p.dim % kElements == 0 && rows_aligned(a.param, kElements) &&
+                       rows_aligned(a.first, kElements) && rows_aligned(a.second, kElements) &&
+                       rows_aligned(a.grads, kElements);
   const int64_t most = int64_t{limits_of(op, ctx.device).multiprocessors} * 16;
   launch(op, ctx, aligned ? update_rows<T, Rule, kElements> : update_rows<T, Rule, 1>,
          std::min(most, ceil_div(p.capacity, kUpdateWarps)), kUpdateThreads, 0, p);

@@ -10,18 +10,10 @@ namespace {
 
 // Whether rows begin at multiples of that many elements.
 bool rows_aligned(const TensorView& t, int elements) {
-  if (!given(t)) return true;
-  int64_t offsets = static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data));
-  for (int i = 0; i + 1 < t.ndim; ++i) offsets |= t.stride[i] * item_size(t.dtype);
-  return offsets % (elements * item_size(t.dtype)) == 0;
+  return is_aligned(t, t.ndim - 1, elements * item_size(t.dtype));
 }
 
-template <int kDims>
-void copy_strides(const TensorView& t, int64_t (&strides)[kDims]) {
-  if (given(t)) std::copy_n(t.stride, kDims, strides);
-}
-
-ConvParams params_of(const char* op, const CausalConvArgs& a, const Sequences& sequences) {
+ConvParams params_of(const char* op, const CausalConvArgs& a) {
   check_supported(op, "x", a.x);
   ConvParams p{};
   p.x = a.x.data;
@@ -68,7 +60,7 @@ int64_t state_blocks(const ConvParams& p) {
 
 void causal_conv1d(const CausalConvArgs& a, const Sequences& sequences, const Context& ctx) {
   constexpr char op[] = "causal_conv1d";
-  ConvParams p = params_of(op, a, sequences);
+  ConvParams p = params_of(op, a);
   p.out = a.out.data;
   p.state = a.state.data;
   const auto aligned = [&](int elements) {
@@ -99,7 +91,7 @@ void causal_conv1d(const CausalConvArgs& a, const Sequences& sequences, const Co
 void causal_conv1d_backward(const CausalConvArgs& a, const CausalConvGrads& g,
                             const Sequences& sequences, const Context& ctx) {
   constexpr char op[] = "causal_conv1d_backward";
-  ConvParams p = params_of(op, a, sequences);
+  ConvParams p = params_of(op, a);
   p.dout = g.dout.data;
   p.dstate = g.dstate.data;
   copy_strides(g.dout, p.dout_strides);

@@ -157,8 +157,7 @@ inline TokenRows state_rows(const TensorView& t) {
 }
 
 inline bool aligned_to_16(const TensorView& t) {
-  const int64_t numbers = t.stride[0] | t.stride[1] | t.stride[2] | t.shape[3];
-  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && numbers * item_size(t.dtype) % 16 == 0;
+  return is_aligned(t, 3, 16) && t.shape[3] * item_size(t.dtype) % 16 == 0;
 }
 
 // Computes p.prepared.

@@ -8,18 +8,6 @@ namespace memkernels::scan::cuda {
 
 namespace {
 
-// Whether rows begin at 16 bytes.
-bool rows_aligned(const TensorView& t, bool complex) {
-  if (!given(t) || t.ndim < 3) return true;
-  int64_t offsets = static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data));
-  for (int i = 0; i < t.ndim - (complex ? 2 : 1); ++i) offsets |= t.stride[i] * item_size(t.dtype);
-  return offsets % 16 == 0;
-}
-
-void copy_strides(const TensorView& t, int64_t (&strides)[2]) {
-  if (given(t)) std::copy_n(t.stride, 2, strides);
-}
-
 DiagonalParams params_of(const char* op, const char* arg, const TensorView& x,
                          const DiagonalScanArgs& s) {
   check_supported(op, arg, x);
@@ -34,8 +22,8 @@ DiagonalParams params_of(const char* op, const char* arg, const TensorView& x,
   copy_strides(s.reset, p.reset_strides);
   p.columns = as_int(op, "columns", x.shape[2] * (complex ? 2 : 1) + kGroupColumns) - kGroupColumns;
   p.groups = static_cast<int>(ceil_div(p.columns, kGroupColumns));
-  p.aligned = p.columns * item_size(x.dtype) % 16 == 0 && rows_aligned(x, complex) &&
-              (p.constant || rows_aligned(s.a, complex));
+  p.aligned = p.columns * item_size(x.dtype) % 16 == 0 && is_aligned(x, 2, 16) &&
+              (p.constant || is_aligned(s.a, 2, 16));
   return p;
 }
 
@@ -114,7 +102,7 @@ void diagonal_scan_backward(const DiagonalScanArgs& s, const DiagonalScanGrads& 
   if (given(g.da)) {
     p.h = s.h.data;
     copy_strides(s.h, p.h_strides);
-    p.aligned = p.aligned && rows_aligned(s.h, complex);
+    p.aligned = p.aligned && is_aligned(s.h, 2, 16);
     const PartParams parts = part_params(s.sequences, kPartTokens);
     if (p.constant) {
       p.sums = static_cast<float*>(ctx.allocate(ctx, parts.count * p.columns * sizeof(float)));

@@ -8,17 +8,9 @@ namespace memkernels::scan::cuda {
 
 namespace {
 
-// Whether rows, or heads, begin at that many elements.
-bool aligned(const TensorView& t, int64_t elements) {
-  if (!given(t)) return true;
-  const int64_t bytes = std::min<int64_t>(16, elements * item_size(t.dtype));
-  int64_t offsets = static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data));
-  for (int i = 0; i < 2; ++i) offsets |= t.stride[i] * item_size(t.dtype);
-  return offsets % bytes == 0;
-}
-
-void copy_strides(const TensorView& t, int64_t (&strides)[2]) {
-  if (given(t)) std::copy_n(t.stride, 2, strides);
+// Whether rows, or heads, begin at that many elements, or at 16 bytes.
+bool heads_aligned(const TensorView& t, int64_t elements) {
+  return is_aligned(t, 2, std::min<int64_t>(16, elements * item_size(t.dtype)));
 }
 
 StateStepParams params_of(const char* op, const StateStepArgs& a) {
@@ -50,8 +42,8 @@ StateStepParams params_of(const char* op, const StateStepArgs& a) {
   constexpr int kStep = kStepThreads * kStepRows;  // that loops may pass an end by
   p.keys = as_int(op, "rows of a state", a.k.shape[2] + kStep) - kStep;
   p.values = as_int(op, "columns of a state", a.v.shape[2] + kStep) - kStep;
-  p.keys_aligned = aligned(a.q, kStepRows) && aligned(a.k, kStepRows) &&
-                   (!p.channels || aligned(a.g, kStepRows));
+  p.keys_aligned = heads_aligned(a.q, kStepRows) && heads_aligned(a.k, kStepRows) &&
+                   (!p.channels || heads_aligned(a.g, kStepRows));
   p.qk_l2norm = a.qk_l2norm;
   p.scale = static_cast<float>(a.scale);
   p.eps = static_cast<float>(a.eps);
@@ -64,8 +56,9 @@ StateStepParams params_of(const char* op, const StateStepArgs& a) {
 void state_step(const char* op, const StateStepArgs& a, const Context& ctx) {
   StateStepParams p = params_of(op, a);
   if (p.all_heads == 0) return;
-  const bool columns_aligned = p.values % kStepColumns == 0 && aligned(a.state, kStepColumns) &&
-                               aligned(a.v, kStepColumns) && aligned(a.out, kStepColumns);
+  const bool columns_aligned =
+      p.values % kStepColumns == 0 && heads_aligned(a.state, kStepColumns) &&
+      heads_aligned(a.v, kStepColumns) && heads_aligned(a.out, kStepColumns);
   const DeviceGuard guard(op, ctx.device);
   if (given(a.z)) {
     p.factors = static_cast<float*>(ctx.allocate(ctx, p.all_heads * sizeof(float)));

@@ -16,6 +16,19 @@ inline Integers integers(const TensorView& t, int dim = 0) {
   return {t.data, t.stride[dim], t.dtype == Dtype::i64};
 }
 
+template <int kDims>
+void copy_strides(const TensorView& t, int64_t (&strides)[kDims]) {
+  for (int i = 0; given(t) && i < kDims; ++i) strides[i] = t.stride[i];
+}
+
+// Whether all that the first `dims` strides lead to begins at a multiple of so many bytes.
+inline bool is_aligned(const TensorView& t, int dims, int64_t bytes) {
+  if (!given(t)) return true;
+  int64_t offsets = static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data));
+  for (int i = 0; i < dims; ++i) offsets |= t.stride[i] * item_size(t.dtype);
+  return offsets % bytes == 0;
+}
+
 inline void check_supported(const char* op, const char* arg, const TensorView& t) {
   check(t.dtype == Dtype::f32 || t.dtype == Dtype::bf16 || t.dtype == Dtype::f16, op, arg,
         " has an unsupported dtype ", name(t.dtype),
