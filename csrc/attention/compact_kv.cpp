@@ -14,6 +14,7 @@
 #include "core/check.h"
 #include "core/cuda/host_copy.h"
 #include "core/memory.h"
+#include "core/prefetch.h"
 
 namespace memkernels::attention {
 
@@ -165,7 +166,7 @@ void compact_kv(const CompactKvArgs& a, const Context& ctx) {
         const int64_t* tokens = &kept.tokens[(b * keep_heads + keeper) * most];
         const char* upcoming = next[keeper].at(tokens[std::min(i + ahead, count - 1)]);
         for (int64_t line = 0; line < row; line += 64) {
-          __builtin_prefetch(upcoming + h * head_stride + line);
+          prefetch_line(upcoming + h * head_stride + line);
         }
         const char* source = from[keeper].at(tokens[i]);
         if (source == target) continue;

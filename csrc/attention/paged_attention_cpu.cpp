@@ -254,8 +254,8 @@ struct Attend {
       for (int n = 0; n < count; ++n) {
         const char* at = row[place] + head * head_stride[place];
         for (int64_t line = 0; line < line_bytes; line += 128) {  // lines come in pairs
-          __builtin_prefetch(at + line);
-          __builtin_prefetch(at + line + 64);
+          prefetch_line(at + line);
+          prefetch_line(at + line + 64);
         }
         if (++head == h1) {
           head = h0;

@@ -36,7 +36,7 @@ double gather(const char* data, int64_t row_bytes, const int64_t* rows, int64_t 
     constexpr int64_t kStep = 512;
     for (int64_t at = 0; at < row_bytes; at += kStep) {
       const int64_t size = row_bytes - at < kStep ? row_bytes - at : kStep;
-      for (int64_t line = 0; line < size; line += 64) __builtin_prefetch(next + at + line);
+      for (int64_t line = 0; line < size; line += 64) prefetch_line(next + at + line);
       total += read(data + rows[i] * row_bytes + at, size);
     }
   }

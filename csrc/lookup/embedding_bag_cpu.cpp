@@ -71,8 +71,8 @@ MK_INLINE void for_quantised(const Lists& lists, int64_t list, const Table<R>& t
              [&](auto group, auto* places, auto* rows, auto* next) __attribute__((always_inline)) {
                for (int g = 0; g < decltype(group)::value; ++g) {
                  const R* later = table.row(next[g]);
-                 for (int64_t c = 0; c < table.columns; c += kLine) __builtin_prefetch(later + c);
-                 __builtin_prefetch(first_scale + next[g] * scale_bytes);
+                 for (int64_t c = 0; c < table.columns; c += kLine) prefetch_line(later + c);
+                 prefetch_line(first_scale + next[g] * scale_bytes);
                  body(places[g], rows[g], table.row(rows[g]));
                }
              });

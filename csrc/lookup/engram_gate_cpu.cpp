@@ -77,8 +77,8 @@ struct Gate {
       const int64_t next = r + 1 < end * channels ? r + 1 : r;
       const T *next_h = row(a.hidden, next), *next_k = row(a.k, next);
       for_columns<A>(dim, [&](int64_t i, auto vector, int) __attribute__((always_inline)) {
-        __builtin_prefetch(next_h + i, 0, 2);
-        __builtin_prefetch(next_k + i, 0, 2);
+        prefetch_line(next_h + i);
+        prefetch_line(next_k + i);
         vector.store(out + i, vector.load(v + i) * opening.gate);
       });
     }
@@ -117,9 +117,9 @@ struct Gate {
         const A along_k = o.dot * o.rms_k * o.rms_k / static_cast<A>(dim);
         A* dw = dweight + c * dim;
         for_columns<A>(dim, [&](int64_t i, auto vector, int) __attribute__((always_inline)) {
-          __builtin_prefetch(next_h + i, 0, 2);
-          __builtin_prefetch(next_k + i, 0, 2);
-          __builtin_prefetch(next_dout + i, 0, 2);
+          prefetch_line(next_h + i);
+          prefetch_line(next_k + i);
+          prefetch_line(next_dout + i);
           const Vec<A> x = vector.load(h + i), y = vector.load(k + i), z = vector.load(w + i);
           if (for_hidden) vector.store(dhidden + i, factor * (y * z - x * along_h));
           if (for_k) vector.store(dk + i, factor * (x * z - y * along_k));

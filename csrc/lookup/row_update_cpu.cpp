@@ -132,9 +132,9 @@ void update(const RowUpdateArgs& a, const int64_t* rows, int64_t begin, int64_t 
     rule.begin_row(a, row, grad);
     for_columns<A>(dim, [&](int64_t d, auto vector, int chain) __attribute__((always_inline)) {
       if (chain == 0 || kVectorBytes == 64) {
-        __builtin_prefetch(next_param + d);
-        if (Rule::kStates > 0) __builtin_prefetch(next_first + d);
-        if (Rule::kStates > 1) __builtin_prefetch(next_second + d);
+        prefetch_line(next_param + d);
+        if (Rule::kStates > 0) prefetch_line(next_first + d);
+        if (Rule::kStates > 1) prefetch_line(next_second + d);
       }
       Vec<A> x{}, y{};
       if (Rule::kStates > 0) x = vector.load(first + d);

@@ -101,7 +101,7 @@ MK_INLINE void multiply_rows(const Table<R>& table, const int64_t* rows, const i
   int64_t c = 0;
   for (; c + kStep <= table.columns; c += kStep) {
 #pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) __builtin_prefetch(later[g] + c);
+    for (int g = 0; g < G; ++g) prefetch_line(later[g] + c);
 #pragma GCC unroll 8
     for (int v = 0; v < kStep; v += W) {
       const Vec<A> y = load(x + c + v);
@@ -157,7 +157,7 @@ MK_INLINE void sum_block(const Lists& lists, int64_t list, const Table<R>& table
     if (row < 0) continue;
     const R* const next = data + (later < 0 ? row : later) * stride;
 #pragma GCC unroll 24
-    for (int c = 0; c < V * W; c += kStep) __builtin_prefetch(next + c);
+    for (int c = 0; c < V * W; c += kStep) prefetch_line(next + c);
     const R* const at = data + row * stride;
     const Vec<A> factor = splat(factors[i]);
 #pragma GCC unroll 24

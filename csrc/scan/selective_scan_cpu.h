@@ -104,7 +104,7 @@ MK_INLINE void prefetch_row(const TensorView& t, int64_t batch, int64_t token,
                             const Channels& block) {
   constexpr int64_t kStep = 64 / sizeof(T);
   const T* const row = at<T>(t, batch, token) + block.first;
-  for (int64_t c = 0; c < kChannels; c += kStep) __builtin_prefetch(row + c);
+  for (int64_t c = 0; c < kChannels; c += kStep) prefetch_line(row + c);
 }
 
 // Tokens are taken in chunks, so that what is done once a channel does not wait in between what is

@@ -84,7 +84,7 @@ struct StateStep {
   template <int N>
   static MK_INLINE void ask(const A*& ahead) {
     constexpr int kLine = 64 / static_cast<int>(sizeof(A));
-    for (int i = 0; i < N; i += kLine) __builtin_prefetch(ahead + i);
+    for (int i = 0; i < N; i += kLine) prefetch_line(ahead + i);
     ahead += N;
   }
 

@@ -191,7 +191,7 @@ struct Colstats {
             const T* later = keys[j + i + ahead];
             if (later == nullptr) continue;
             const char* line = reinterpret_cast<const char*>(later + offset);
-            for (int64_t n = 0; n < row_bytes; n += 64) __builtin_prefetch(line + n);
+            for (int64_t n = 0; n < row_bytes; n += 64) prefetch_line(line + n);
           }
           score_tile<T, R>(s.q + h * kFewRows * dim + r * q_stride, q_stride, tile, p.dim,
                            s.scores + (h * kFewRows + r) * kBlockKeys + j);

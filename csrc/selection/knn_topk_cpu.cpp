@@ -165,7 +165,7 @@ struct Knn {
         for (int i = 0; i < K && r == 0; ++i) {
           const char* later = reinterpret_cast<const char*>(rows[j + i]) +
                               kAhead * args.bank.stride[1] * static_cast<int64_t>(sizeof(T));
-          for (int64_t n = 0; n < row_bytes; n += 64) __builtin_prefetch(later + n);
+          for (int64_t n = 0; n < row_bytes; n += 64) prefetch_line(later + n);
         }
         score_tile<T, R>(s.q + r * q_stride, q_stride, rows + j, dim,
                          s.scores + r * kBlockKeys + j);

@@ -157,7 +157,7 @@ struct Score {
         const char* data = reinterpret_cast<const char*>(block.page[page]);
         const int64_t end = at + left < page_bytes ? at + left : page_bytes;
         for (int64_t n = at; n < end && data != nullptr; n += 64)
-          __builtin_prefetch(data + n, 0, 2);
+          prefetch_line(data + n);
         left -= end - at;
         at = end;
         if (at == page_bytes) {

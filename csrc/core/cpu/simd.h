@@ -18,6 +18,8 @@
 #include <immintrin.h>
 #endif
 
+#include "core/prefetch.h"
+
 #define MK_INLINE inline __attribute__((always_inline))
 
 namespace memkernels {
