@@ -18,7 +18,7 @@ namespace {
 // Up to here dot products beat packing.
 constexpr int kFewRows = 12;
 
-// How far ahead of the arithmetic the cache is asked for: enough to hide memory, within L1.
+// How far ahead of the arithmetic the cache is asked for: enough to hide memory.
 constexpr int64_t kPrefetchBytes = 16384;
 
 // A worker's buffers for `rows` rows of `heads` KV heads.

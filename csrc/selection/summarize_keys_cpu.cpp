@@ -71,6 +71,8 @@ MK_INLINE void add_keys(const T* keys, int64_t token_stride, int64_t count, bool
     }
     for (int64_t t = first ? 1 : 0; t < count; ++t) {
       read(t);
+      // Of this page or of the next, which mostly comes after it.
+      prefetch_line(keys + (t + kTokens) * token_stride + d);
       a.add(x);
       b.add(y);
     }
