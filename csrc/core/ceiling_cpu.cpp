@@ -28,7 +28,7 @@ double read(const char* data, int64_t bytes) {
 
 // The next rows are asked for while one is read, as kernels do.
 double gather(const char* data, int64_t row_bytes, const int64_t* rows, int64_t num_rows) {
-  constexpr int64_t kAheadBytes = 8192;
+  constexpr int64_t kAheadBytes = 16384;
   const int64_t ahead = 1 + kAheadBytes / (row_bytes + 1);
   double total = 0;
   for (int64_t i = 0; i < num_rows; ++i) {

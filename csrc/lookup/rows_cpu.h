@@ -148,7 +148,7 @@ MK_INLINE void sum_block(const Lists& lists, int64_t list, const Table<R>& table
   constexpr int W = kLanes<A>, kStep = kLine / static_cast<int>(sizeof(R));
   const int64_t* const rows = lists.rows;
   const int64_t end = lists.starts[list + 1], last = lists.starts[lists.count] - 1;
-  constexpr int64_t kAhead = 3 + 2048 / (V * W * static_cast<int>(sizeof(R)));
+  constexpr int64_t kAhead = 3 + 8192 / (V * W * static_cast<int>(sizeof(R)));
   const int64_t stride = table.stride;
   const R* const data = table.data + column;
   Vec<A> sums[V] = {};

@@ -156,8 +156,7 @@ struct Score {
       for (int64_t left = step_bytes; left > 0 && page < block.count;) {
         const char* data = reinterpret_cast<const char*>(block.page[page]);
         const int64_t end = at + left < page_bytes ? at + left : page_bytes;
-        for (int64_t n = at; n < end && data != nullptr; n += 64)
-          prefetch_line(data + n);
+        for (int64_t n = at; n < end && data != nullptr; n += 64) prefetch_line(data + n);
         left -= end - at;
         at = end;
         if (at == page_bytes) {
