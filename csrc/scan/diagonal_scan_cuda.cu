@@ -1,7 +1,5 @@
 #include "scan/diagonal_scan.h"
 
-#include <algorithm>
-
 #include "scan/diagonal_scan_kernel.cuh"
 
 namespace memkernels::scan::cuda {
